@@ -1,0 +1,1 @@
+"""One gradient a task -> one gradient."""

@@ -1,0 +1,230 @@
+"""What the layers of optimkit agree on: records, names and small interfaces.
+
+Nothing here computes. A type or a name belongs in this module when two layers must agree on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import optax
+
+Array: TypeAlias = Any
+"""A JAX or NumPy array of any shape; the docstrings give shapes."""
+
+PyTree: TypeAlias = Any
+"""Any tree of arrays that JAX can flatten."""
+
+ScalarOrSchedule: TypeAlias = Any
+"""A number, a 0-d array, or a function from the 0-based step count to a number."""
+
+LeafSelector: TypeAlias = Any
+"""``None``, a tree of bools, ``(path, leaf) -> bool``, or path patterns (see ``layout``)."""
+
+Mask: TypeAlias = Any
+"""optax's mask: a tree of bools or a function of the params; True means *decayed*."""
+
+# ---------------------------------------------------------------------------------------------
+# Names. They are an API: checkpoints and user code hold them, and a snapshot test pins them.
+# ---------------------------------------------------------------------------------------------
+
+STATE_FIELDS: Mapping[str, str] = {
+    "count": "int32 scalar: how many updates have been made",
+    "mu": "first moment, one array per parameter",
+    "nu": "second moment, one array per parameter",
+    "trace": "momentum accumulated without averaging, one array per parameter",
+    "tracked_max": "running mean of the largest |gradient| entry, one f32 scalar per leaf",
+    "norm_mean": "running mean of the gradient norm, one f32 scalar per leaf",
+    "norm_mean_square": "running mean of the squared gradient norm, one f32 scalar per leaf",
+    "norm": "norm of the last update, one f32 scalar per leaf or one for the tree",
+    "learning_rate": "the rate that the last update used",
+    "hyperparams": "injected hyperparameters by name",
+    "hyperparams_states": "states of the schedules that drive injected hyperparameters",
+    "inner_state": "state of the wrapped transformation",
+    "metrics": "telemetry scalars by name, see TELEMETRY_KEYS",
+    "dissimilarity": "second moment of the dissimilarity of the task gradients, one scalar",
+}
+"""Every field name that a state of optimkit may have, with its meaning."""
+
+COUNT_FIELDS: frozenset[str] = frozenset({"count"})
+"""Fields that hold step counts; ``momentum_reset`` restarts these and nothing else."""
+
+EXTRA_ARGS: Mapping[str, str] = {
+    "value": "loss at the current parameters, scalar",
+    "grad": "gradient before any preconditioning, tree like the parameters",
+    "value_fn": "loss closure: params -> scalar",
+    "global_count": "0-based step count that no wrapper has restarted",
+    "task_losses": "one loss per task, shape (K,)",
+}
+"""Names under which extra keyword arguments travel through ``update``."""
+
+TELEMETRY_KEYS: Mapping[str, str] = {
+    "learning_rate": "rate used by the last update",
+    "gradient_norm": "global l2 norm of the incoming gradient",
+    "update_norm": "global l2 norm of the outgoing update",
+    "clip_fraction": "fraction of entries that the last update clipped",
+    "spike_count": "entries called spikes so far",
+    "skipped_steps": "updates refused by a guard so far",
+    "task_similarity": "mean pairwise similarity of the task gradients",
+}
+"""Names that a state's ``metrics`` field may hold."""
+
+
+class Telemetry(Protocol):
+    """A state that reports: its ``metrics`` maps TELEMETRY_KEYS to f32 scalars."""
+
+    metrics: Mapping[str, Array]
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrices
+# ---------------------------------------------------------------------------------------------
+
+
+class MatrixAxes(NamedTuple):
+    """Which axes of a leaf are batch, inputs and outputs: how it is seen as a stack of matrices.
+
+    A Dense kernel ``(in, out)`` is ``MatrixAxes((), (0,), (1,))``; a Conv kernel
+    ``(h, w, in, out)`` is ``MatrixAxes((), (0, 1, 2), (3,))``; an attention kernel
+    ``(d, heads, head_dim)`` is ``MatrixAxes((), (0,), (1, 2))``; a layer scanned over axis 0 adds
+    that axis to ``batch``.
+    """
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------
+# Several gradients -> one
+# ---------------------------------------------------------------------------------------------
+
+
+class GradientCombiner(NamedTuple):
+    """Turns one gradient per task into one gradient.
+
+    ``init(params, num_tasks) -> state``; ``update(task_grads, state, params=None, **extra) ->
+    (grads, state)``. Every leaf of ``task_grads`` has a leading axis of ``num_tasks``; ``grads``
+    has the structure and shapes of the parameters.
+    """
+
+    init: Callable[[PyTree, int], PyTree]
+    update: Callable[..., tuple[PyTree, PyTree]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+Kind: TypeAlias = Literal["recipe", "piece", "wrapper", "schedule", "combiner"]
+Rule: TypeAlias = Literal[
+    "state",
+    "finite",
+    "dtype",
+    "compile",
+    "compose",
+    "trees",
+    "bad_input",
+    "sharding",
+    "restart",
+    "fidelity",
+]
+
+RULES: Mapping[Rule, str] = {
+    "state": "state is named, parameter-shaped where it belongs to a parameter, and type-stable",
+    "finite": "no NaN from finite input, and the method recovers afterwards",
+    "dtype": "f32 or better inside, the parameter's dtype outside, hyperparameters never below f32",
+    "compile": "a second step, or a new value of a traced argument, compiles nothing",
+    "compose": "works inside chain, masked, partition, MultiSteps, scan, vmap, donation",
+    "trees": "dicts, tuples, modules, empty trees, None, 0-d and 0-size leaves",
+    "bad_input": "wrong input raises at once and names what is wrong",
+    "sharding": "sharded parameters give the single-device result",
+    "restart": "saved and restored state continues bit for bit",
+    "fidelity": "recorded trajectories of the authors' code are reproduced",
+}
+"""The ten rules of the contract suite, by short name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the catalog, the contract suite and the tables know about one public factory.
+
+    The file that defines a factory ends with ``RECORD = Method(...)``, or with
+    ``RECORDS = (Method(...), ...)`` where it defines several.
+
+    Attributes:
+      factory: the public callable; the record's name is its ``__name__``.
+      kind: ``recipe`` (a paper's whole method), ``piece`` (a link of a chain), ``wrapper`` (takes
+        ``inner``), ``schedule`` or ``combiner``.
+      summary: one line for tables.
+      example: keyword arguments of a small working instance; the contract suite builds it. A value
+        that must be made anew (an ``inner`` transformation) is given as a zero-argument callable
+        under ``example_made``.
+      example_made: keyword arguments whose values are made by calling them.
+      extras: ``(params, grads) -> dict`` of the extra arguments that ``update`` needs, if any.
+      traced: arguments that may be tracers, arrays or injected; changing them never recompiles.
+      static: arguments that shape the program or the state and are fixed at construction.
+      needs: what ``update`` must be given beside the gradient: ``"params"``, names of extras.
+      position: where the factory belongs in a chain.
+      communication: on sharded parameters: ``none`` (elementwise), ``reduce`` (norms and sums of a
+        leaf or the tree), ``matrix`` (whole matrices travel), ``gather``.
+      response: ``bounded`` when the update stays bounded however large the gradient is (then 1e30
+        must stay finite too), ``proportional`` when it grows with it.
+      differentiable: whether a gradient through one update is finite and meant to be used.
+      state_bytes: bytes of optimizer state per f32 parameter.
+      moved_bytes: bytes that one donated f32 step must move per parameter at least: the gradient,
+        the parameter and the state read once, the parameter and the state written once.
+      tolerance: rule -> relative tolerance where it differs from the suite's own.
+      exempt: rule -> reason, for rules that this method cannot keep; a strict expected failure.
+      status: ``verified`` against the authors' code, or ``provisional`` where a primary source
+        could not be read in full.
+      paper: citation with arXiv number.
+      reference: repository@commit:file of the code that the goldens were recorded from.
+      licence: licence of that reference.
+    """
+
+    factory: Callable[..., Any]
+    kind: Kind
+    summary: str
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example_made: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
+    extras: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None
+    traced: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    position: Literal["alone", "first", "middle", "last", "any"] = "any"
+    communication: Literal["none", "reduce", "matrix", "gather"] = "none"
+    response: Literal["bounded", "proportional"] = "proportional"
+    differentiable: bool = False
+    state_bytes: float = 0.0
+    moved_bytes: float = 12.0
+    tolerance: Mapping[Rule, float] = dataclasses.field(default_factory=dict)
+    exempt: Mapping[Rule, str] = dataclasses.field(default_factory=dict)
+    status: Literal["verified", "provisional"] = "verified"
+    paper: str = ""
+    reference: str = ""
+    licence: str = ""
+
+    @property
+    def name(self) -> str:
+        """The public name of the factory."""
+        return self.factory.__name__
+
+    def build(self, **overrides: Any) -> Any:
+        """Makes the example instance, with some arguments replaced."""
+        made = {name: make() for name, make in self.example_made.items() if name not in overrides}
+        return self.factory(**{**self.example, **made, **overrides})
+
+
+def record_of(factory: Callable[..., Any]) -> Method | None:
+    """The record of a public factory, found in the module that defines it; None if it has none."""
+    module = sys.modules.get(getattr(factory, "__module__", None) or "")
+    records = getattr(module, "RECORDS", None) or (getattr(module, "RECORD", None),)
+    return next((r for r in records if r is not None and r.factory is factory), None)
+
+
+GradientTransformation: TypeAlias = optax.GradientTransformationExtraArgs
+"""What every factory of optimkit returns: it accepts, and passes on, unknown extra arguments."""

@@ -1,0 +1,1 @@
+"""Small pieces of a chain, one idea a file."""
