@@ -1,0 +1,1 @@
+"""``python -m optimkit.benchmark <table>``: what methods cost, as ratios taken in one run."""

@@ -1,0 +1,81 @@
+"""Compiling and timing one training step; used by every table."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimkit.protocols import PyTree
+
+
+def model_tree(leaves: int = 120, rows: int = 640, columns: int = 728) -> dict[str, Any]:
+    """A tree of ``leaves`` f32 arrays, half matrices and half vectors: 28M parameters by default."""
+    rng = np.random.default_rng(0)
+    return {
+        f"layer_{i}": {
+            "kernel": jnp.asarray(rng.normal(size=(rows, columns)) * 0.02, jnp.float32),
+            "bias": jnp.zeros(columns, jnp.float32),
+        }
+        for i in range(leaves // 2)
+    }
+
+
+def size_of(tree: PyTree) -> int:
+    """How many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def bytes_of(tree: PyTree) -> int:
+    """How many bytes the arrays of a tree hold."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+class Step(NamedTuple):
+    """One compiled, donated step with its buffers."""
+
+    compiled: Any
+    params: PyTree
+    state: PyTree
+    grads: PyTree
+
+    def run(self) -> Step:
+        """Takes the step, waits for it, and returns it with the new buffers."""
+        params, state = self.compiled(self.params, self.state, self.grads)
+        jax.block_until_ready((params, state))
+        return self._replace(params=params, state=state)
+
+
+def compile_step(tx: optax.GradientTransformation, params: PyTree, grads: PyTree) -> Step:
+    """Compiles update and ``apply_updates`` as one step that may reuse its inputs' memory."""
+    tx = optax.with_extra_args_support(tx)
+    params = jax.tree.map(jnp.copy, params)
+    state = jax.jit(tx.init)(params)
+
+    def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+    return Step(compiled, params, state, grads)
+
+
+def temporary_bytes(step: Step) -> int:
+    """Bytes that the compiled step needs beside its arguments and results."""
+    return step.compiled.memory_analysis().temp_size_in_bytes
+
+
+def time_together(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of each step, measured in turns, so that drift meets all alike."""
+    steps = {name: step.run() for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            steps[name] = step.run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in seconds.items()}

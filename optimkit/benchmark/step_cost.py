@@ -1,0 +1,95 @@
+"""The step-cost table: one donated step of every recipe against ``optax.adamw`` in the same run.
+
+The floor is what a method must move: gradient, parameter and state read once, parameter and state
+written once; 28 bytes a parameter for AdamW. A method is called in bounds when its time over
+AdamW's is at most 1.25 times its floor over 28.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import optax
+
+from optimkit import catalog
+from optimkit.benchmark import measure
+
+ADAMW_FLOOR = 28.0
+SLACK = 1.25
+
+
+class Row(NamedTuple):
+    """One line of the table; times are ratios to ``optax.adamw`` in the same run."""
+
+    name: str
+    floor: float
+    state: float
+    temporary: float
+    ratio: float
+    allowed: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether time and temporary memory are within what the floor allows."""
+        return "ok" if self.ratio <= self.allowed and self.temporary <= 0.5 else "over"
+
+
+def table(
+    names: Sequence[str], leaves: int, rounds: int, rows: int = 640, columns: int = 728
+) -> list[Row]:
+    """Measures the named recipes; ``optax.adamw`` and the copy floor come first."""
+    params = measure.model_tree(leaves, rows, columns)
+    grads = jax.tree.map(lambda p: p * 0.1 + 1e-3, params)
+    number = measure.size_of(params)
+    records = catalog.records("recipe")
+    makers = {"optax.adamw": (optax.adamw(1e-3), ADAMW_FLOOR)}
+    for name in names or records:
+        record = catalog.find(name, "recipe")
+        makers[name] = (record.build(), record.moved_bytes)
+    rows_out = []
+    base = None
+    # A few at a time: every step holds a parameter tree and a state tree of its own.
+    reference = measure.compile_step(makers["optax.adamw"][0], params, grads)
+    for name, (tx, floor) in makers.items():
+        step = measure.compile_step(tx, params, grads)
+        seconds = measure.time_together({"base": reference, name: step}, rounds)
+        reference = measure.compile_step(makers["optax.adamw"][0], params, grads)
+        base = seconds["base"]
+        rows_out.append(
+            Row(
+                name,
+                floor,
+                measure.bytes_of(step.state) / number,
+                measure.temporary_bytes(step) / number,
+                seconds[name] / base,
+                SLACK * floor / ADAMW_FLOOR,
+            )
+        )
+    return rows_out
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds ``step-cost`` to the benchmark's commands."""
+    parser = commands.add_parser("step-cost", help="one step of each recipe over optax.adamw's")
+    parser.add_argument("names", nargs="*", help="catalog names; default: every recipe")
+    parser.add_argument("--leaves", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table."""
+    rows = table(args.names, args.leaves, args.rounds)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, {args.leaves} leaves, medians of {args.rounds} alternating steps")
+    print(f"{'method':24} {'floor':>6} {'state':>6} {'temp':>6} {'time':>6} {'allowed':>8}")
+    for row in rows:
+        print(
+            f"{row.name:24} {row.floor:6.0f} {row.state:6.2f} {row.temporary:6.2f} "
+            f"{row.ratio:6.2f} {row.allowed:8.2f}  {row.verdict}"
+        )
+    print("floor, state and temp in bytes a parameter; time over optax.adamw's in the same run")
+    return 0

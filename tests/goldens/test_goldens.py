@@ -1,0 +1,97 @@
+"""Every recorded trajectory is reproduced; every array in it is compared, or excused with a reason."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optimkit import catalog
+from tests.goldens import adapters
+from tests.goldens.golden import FOLDER, DamagedGolden, all_goldens, load, resolve
+
+GOLDENS = all_goldens()
+
+# -- which method needs which golden ----------------------------------------------------------
+
+COVERED_BY: dict[str, str] = {
+    "scale_by_adam": "adamp",
+    "scale_by_lion": "lion",
+    "project_radial": "adamp",
+    "clip_by_tracked_max": "stable_spam",
+    "momentum_reset": "spam",
+}
+"""Pieces and wrappers are verified through a method whose golden runs them."""
+
+FIDELITY_CASES = tuple(
+    name
+    for name, record in catalog.records().items()
+    if record.kind in ("recipe", "piece", "wrapper")
+)
+
+
+@pytest.mark.parametrize("name", FIDELITY_CASES)
+def test_method_has_a_golden(name: str) -> None:
+    method = COVERED_BY.get(name, name)
+    assert any(golden.method == method for golden in GOLDENS.values()), (
+        f"{name} has no golden {method}__*.npz; copy one, or name the method that covers it"
+    )
+
+
+# -- the goldens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name: str) -> None:
+    golden = GOLDENS[name]
+    errors = adapters.run(golden)
+    worst = {array: error for array, error in errors.items() if not error <= golden.tolerance}
+    assert not worst, f"{name} (tolerance {golden.tolerance:g}): {worst}"
+    assert not adapters.uncompared(golden, errors)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_signature(name: str) -> None:
+    golden = GOLDENS[name]
+    factories = [resolve(factory) for factory in golden.factory_names]
+    known = {p for factory in factories for p in inspect.signature(factory).parameters}
+    assert set(golden.meta["optimkit"]["kwargs"]) <= known
+
+
+# -- the harness itself can fail --------------------------------------------------------------
+
+
+def test_a_wrong_constant_turns_a_golden_red() -> None:
+    golden = GOLDENS["lion__default"]
+    assert adapters.run(golden)["params"] <= golden.tolerance
+    assert adapters.run(golden, b2=0.9901)["params"] > 1e-3
+
+
+def test_a_wrong_constant_in_a_projection_turns_a_golden_red() -> None:
+    golden = GOLDENS["adamp__default"]
+    assert adapters.run(golden, delta=0.05)["params"] > golden.tolerance
+
+
+@pytest.mark.parametrize("keep", [0, 100, -200])
+def test_a_damaged_golden_is_an_error(tmp_path: Path, keep: int) -> None:
+    whole = (FOLDER / "lion__default.npz").read_bytes()
+    damaged = tmp_path / "lion__damaged.npz"
+    damaged.write_bytes(whole[:keep])
+    with pytest.raises(DamagedGolden, match=r"lion__damaged\.npz"):
+        load(damaged)
+
+
+def test_a_golden_without_meta_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "lion__bare.npz"
+    np.savez(path, params=np.zeros(3))
+    with pytest.raises(DamagedGolden, match="cannot be read"):
+        load(path)
+
+
+def test_arrays_nobody_compares_are_found() -> None:
+    golden = GOLDENS["adamp__default"]
+    assert adapters.uncompared(golden, {"params": 0.0}) == sorted(
+        name for name in golden.arrays if name.startswith("branch/")
+    )

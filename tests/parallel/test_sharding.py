@@ -1,0 +1,37 @@
+"""Every method of the catalog on eight simulated devices."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from optimkit.protocols import Method
+from tests.contract.probes import MESH_PROBE
+from tests.parallel import cases
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
+)
+
+RECORDS = [
+    pytest.param(
+        record,
+        id=name,
+        marks=[pytest.mark.xfail(reason=record.exempt["sharding"], strict=True)]
+        if "sharding" in record.exempt
+        else [],
+    )
+    for name, record in cases.SHARDING_CASES.items()
+]
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_sharded_equals_single_device(record: Method) -> None:
+    cases.check_sharding(record)
+    cases.check_communication(record)
+    cases.check_manual(record)
+
+
+def test_a_transformation_that_flattens_is_rejected() -> None:
+    with pytest.raises(Exception, match="reshape"):
+        cases.check_sharding(MESH_PROBE)
