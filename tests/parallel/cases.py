@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from optimkit import catalog
 from optimkit.layout import named_leaves
+from optimkit.leaves import map_param_state
 from optimkit.protocols import Method
 
 SHARDING_CASES = {
@@ -126,12 +127,16 @@ def check_places(record: Method, params: Any, updates: Any, what: str) -> None:
     """Updates, and the state of an eager init, lie where their parameters lie."""
     for (name, p), (_, u) in zip(named_leaves(params), named_leaves(updates), strict=True):
         assert u.sharding.is_equivalent_to(p.sharding, p.ndim), f"{what}: update {name} moved"
-    places = {np.shape(p): p.sharding for p in jax.tree.leaves(params)}
-    for name, leaf in named_leaves(record.build().init(params)):
-        if leaf.ndim and leaf.shape in places:
-            assert leaf.sharding.is_equivalent_to(places[leaf.shape], leaf.ndim), (
-                f"{what}: state {name} lies elsewhere than its parameter"
+    places = dict(named_leaves(params))
+    tx = record.build()
+
+    def check(name: str, leaf: Any) -> None:
+        if leaf.shape == places[name].shape:
+            assert leaf.sharding.is_equivalent_to(places[name].sharding, leaf.ndim), (
+                f"{what}: the state of {name} lies elsewhere than its parameter"
             )
+
+    map_param_state(tx.init, check, lambda leaf: None, tx.init(params))
 
 
 def check_communication(record: Method) -> None:
