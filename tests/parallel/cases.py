@@ -87,12 +87,22 @@ def call(record: Method, tx: Any, grads: Any, state: Any, params: Any) -> Any:
     return tx.update(grads, state, params, **extras)
 
 
-def two_steps(record: Method, params: Any, first: Any, second: Any) -> Any:
+def stepper(record: Method) -> tuple[Any, Any, list[int]]:
+    """The transformation, its jitted update, and a list that grows by one at every trace."""
     tx = record.build()
-    state = tx.init(params)
-    updates, state = call(record, tx, first, state, params)
-    updates, state = call(record, tx, second, state, params)
-    return updates, state
+    traces: list[int] = []
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        traces.append(1)
+        return call(record, tx, grads, state, params)
+
+    return tx, jax.jit(step), traces
+
+
+def two_steps(tx: Any, step: Any, params: Any, first: Any, second: Any) -> Any:
+    """Two updates at the same parameters, from an eager init."""
+    _, state = step(first, tx.init(params), params)
+    return step(second, state, params)
 
 
 def assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
@@ -107,28 +117,29 @@ def check_sharding(record: Method) -> None:
     """One record: explicit and auto meshes, every placement, and where the state lies."""
     params, first, second = values(0), values(1), values(2)
     tolerance = record.tolerance.get("sharding", 1e-5)
-    expected = jax.jit(lambda p, a, b: two_steps(record, p, a, b))(params, first, second)
+    tx, step, traces = stepper(record)
+    expected, _ = two_steps(tx, step, params, first, second)
     for kind in (AxisType.Explicit, AxisType.Auto):
         mesh = make_mesh(kind)
         with jax.set_mesh(mesh):
-            step = jax.jit(lambda p, a, b: two_steps(record, p, a, b))
             for name, placement in PLACEMENTS.items():
                 if kind == AxisType.Auto and name != "turn 0":
                     continue  # the compiler decides there; one placement shows that it can
                 placed = [place(tree, mesh, placement) for tree in (params, first, second)]
-                got = step(*placed)
+                traces.clear()
+                got, state = two_steps(tx, step, *placed)
                 what = f"{kind.name} mesh, {name}"
                 assert_close(got, expected, tolerance, what)
                 if kind == AxisType.Explicit:
-                    check_places(record, placed[0], got[0], what)
+                    check_places(tx, placed[0], got, state, what)
+                    assert len(traces) == 1, f"{what}: a second step compiled again"
 
 
-def check_places(record: Method, params: Any, updates: Any, what: str) -> None:
-    """Updates, and the state of an eager init, lie where their parameters lie."""
+def check_places(tx: Any, params: Any, updates: Any, state: Any, what: str) -> None:
+    """Updates and state lie where their parameters lie."""
     for (name, p), (_, u) in zip(named_leaves(params), named_leaves(updates), strict=True):
         assert u.sharding.is_equivalent_to(p.sharding, p.ndim), f"{what}: update {name} moved"
     places = dict(named_leaves(params))
-    tx = record.build()
 
     def check(name: str, leaf: Any) -> None:
         if leaf.shape == places[name].shape:
@@ -136,7 +147,7 @@ def check_places(record: Method, params: Any, updates: Any, what: str) -> None:
                 f"{what}: the state of {name} lies elsewhere than its parameter"
             )
 
-    map_param_state(tx.init, check, lambda leaf: None, tx.init(params))
+    map_param_state(tx.init, check, lambda leaf: None, state)
 
 
 def check_communication(record: Method) -> None:
@@ -145,9 +156,9 @@ def check_communication(record: Method) -> None:
         return
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        placed = [place(values(seed), mesh, both_axes()) for seed in range(3)]
-        step = jax.jit(lambda p, a, b: two_steps(record, p, a, b))
-        compiled = step.lower(*placed).compile().as_text()
+        params, grads = [place(values(seed), mesh, both_axes()) for seed in range(2)]
+        tx, step, _ = stepper(record)
+        compiled = step.lower(grads, tx.init(params), params).compile().as_text()
     gathers = re.findall(r"= \S+ all-gather(?:-start)?\(", compiled)
     assert not gathers, f"{len(gathers)} all-gathers, but communication={record.communication!r}"
     if record.communication == "none":
