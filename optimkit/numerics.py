@@ -69,10 +69,11 @@ def due(count: Array, every: int, *, phase: int = 0) -> Array:
 def safe_div(numerator: Array, denominator: Array, otherwise: Any = 0.0) -> Array:
     """``numerator / denominator``, and ``otherwise`` where the denominator is zero.
 
+    Subnormal denominators count as zero: compiled code flushes them, but not in every operation.
     The inner ``where`` keeps the untaken quotient finite, so that gradients and ``debug_nans`` stay
     clean too.
     """
-    zero = denominator == 0
+    zero = jnp.abs(denominator) < jnp.finfo(jnp.result_type(denominator)).tiny
     return jnp.where(zero, otherwise, numerator / jnp.where(zero, 1, denominator))
 
 
@@ -98,7 +99,9 @@ def saturate(x: Array) -> Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
 
 
-def safe_norm(x: Array, axis: int | Sequence[int] | None = None, *, keepdims: bool = False) -> Array:
+def safe_norm(
+    x: Array, axis: int | Sequence[int] | None = None, *, keepdims: bool = False
+) -> Array:
     """The l2 norm, without overflow or underflow of the squares, and zero for an empty array.
 
     ``max|x| * ||x / max|x|||`` in the array's own dtype; NaN and infinity pass through.
@@ -106,7 +109,8 @@ def safe_norm(x: Array, axis: int | Sequence[int] | None = None, *, keepdims: bo
     if x.size == 0:
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims))
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    usable = (largest >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest)
+    scale = jnp.where(usable, largest, 1)
     norm = scale * jnp.sqrt(jnp.sum(jnp.square(x / scale), axis=axis, keepdims=True))
     return norm if keepdims else jnp.squeeze(norm, axis=axis)
 
@@ -165,7 +169,9 @@ def check_range(
     ValueError: b1 must be >= 0 and < 1, got 1.5
     """
     limits = {">=": ge, ">": gt, "<=": le, "<": lt}
-    wanted = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None)
+    wanted = " and ".join(
+        f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None
+    )
     for name, argument in arguments.items():
         value = _concrete(argument)
         if value is None:
@@ -193,4 +199,6 @@ def check_choice(allowed: Sequence[str], **arguments: Any) -> None:
     """Raises unless every named argument is one of the allowed words."""
     for name, value in arguments.items():
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            )

@@ -36,7 +36,12 @@ def main(methods: list[str]) -> int:
         table.add_row(golden.method, case, f"{error:.1e}", where, f"{golden.tolerance:g}", result)
     console = Console(width=140)
     console.print(table)
-    excuses = {f"{g.method}: {k}": r for g in all_goldens().values() for k, r in adapters.excused(g).items()}
+    excuses = {
+        f"{golden.method}: {array}": reason
+        for golden in all_goldens().values()
+        if not methods or golden.method in methods
+        for array, reason in adapters.excused(golden).items()
+    }
     for excuse, reason in excuses.items():
         console.print(f"not compared: {excuse}: {reason}")
     console.print(f"{passed} passed, {failed} failed")
