@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RUN_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 WORKERS ?= 2
 
-.PHONY: install demo test test-full test-lowest goldens lint format clean
+# Tests run on the CPU, with one compilation cache for all workers and runs.
+TEST_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+EIGHT_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
+
+.PHONY: install demo test test-full test-lowest check goldens contract lint format clean
 
 install: $(STAMP)
 
@@ -21,11 +24,39 @@ $(STAMP): pyproject.toml
 demo: install
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m examples.demo
 
-test: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
-	$(RUN_ENV) XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-	  $(BIN)/python -m pytest -q -n $(WORKERS) tests/parallel
-	$(RUN_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests --ignore tests/parallel
+test: install lint
+	$(TEST_ENV) $(EIGHT_DEVICES) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests/parallel
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests --ignore tests/parallel
+
+# The long forms too: more kills, more drawn cases, every notebook, full examples.
+test-full: install lint
+	$(TEST_ENV) $(EIGHT_DEVICES) $(BIN)/python -m pytest -q -n $(WORKERS) tests/parallel
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) tests --ignore tests/parallel
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-lowest/bin/python -m pip install --quiet --group examples --group dev --group docs \
+	  --constraint tests/lowest.txt --editable ".[flax,checkpoint,controllers,plot]"
+	$(TEST_ENV) .venv-lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow" \
+	  tests/unit tests/contract tests/goldens
+
+goldens: install
+	$(TEST_ENV) $(BIN)/python -m tests.goldens
+
+contract: install
+	$(TEST_ENV) $(BIN)/python -m tests.contract
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache build dist out
+	rm -rf $(VENV) .venv-lowest .cache build dist out

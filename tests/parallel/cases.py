@@ -185,9 +185,7 @@ def check_manual(record: Method) -> None:
 
     mesh = jax.make_mesh((8,), ("i",))
     with jax.set_mesh(mesh):
-        mapped = jax.jit(
-            jax.shard_map(averaged, mesh=mesh, in_specs=(P(), P("i")), out_specs=P())
-        )
+        mapped = jax.jit(jax.shard_map(averaged, mesh=mesh, in_specs=(P(), P("i")), out_specs=P()))
         batch = place(per_device, mesh, jax.tree.map(lambda _: P("i"), per_device))
         replicated = place(params, mesh, jax.tree.map(lambda _: P(), params))
         assert_close(mapped(replicated, batch), expected, tolerance, "shard_map")
