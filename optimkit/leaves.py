@@ -32,7 +32,9 @@ def check_real(tree: PyTree, what: str) -> None:
         if jnp.issubdtype(dtype, jnp.complexfloating):
             hint = "wrap the optimizer in optax.contrib.split_real_and_imaginary"
         else:
-            hint = "leave it out, with optax.masked or by differentiating only floating-point leaves"
+            hint = (
+                "leave it out, with optax.masked or by differentiating only floating-point leaves"
+            )
         raise TypeError(f"{what} leaf {path_name(path)!r} has dtype {dtype}: {hint}")
 
 

@@ -18,9 +18,7 @@ class ScaleByLionState(NamedTuple):
     mu: PyTree
 
 
-def scale_by_lion(
-    b1: Any = 0.9, b2: Any = 0.99, *, mu_dtype: Any = None
-) -> GradientTransformation:
+def scale_by_lion(b1: Any = 0.9, b2: Any = 0.99, *, mu_dtype: Any = None) -> GradientTransformation:
     r"""The sign of an interpolation between momentum and gradient.
 
     .. math::

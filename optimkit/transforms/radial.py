@@ -11,33 +11,33 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from optimkit.numerics import safe_div, safe_norm, saturate
+from optimkit.numerics import safe_div, safe_norm
 from optimkit.protocols import Array
 
 
 def radial_component(x: Array, w: Array, axis: int | tuple[int, ...] | None, eps: Any) -> Array:
-    r"""The part of ``x`` along ``w``: :math:`\hat w \langle\hat w, x\rangle` with
-    :math:`\hat w = w / (\|w\| + \epsilon)`, the norm and product taken over ``axis``.
+    r"""The part of ``x`` along ``w``: :math:`\hat w \langle\hat w, x\rangle`.
 
-    A zero ``w`` has no direction: the component is zero, also at ``eps = 0``.
+    Here :math:`\hat w = w / (\|w\| + \epsilon)`; norm and product are taken over ``axis``. A zero
+    ``w`` has no direction: the component is zero, also at ``eps = 0``.
     """
     unit = safe_div(w, safe_norm(w, axis, keepdims=True) + eps)
     return unit * jnp.sum(unit * x, axis=axis, keepdims=True)
 
 
 class RadialDecision(NamedTuple):
-    """``update``: the projected update. ``ratio``: factor on the weight decay. ``branch``: 0, 1, 2.
+    """What AdamP decides for one leaf; one value a matrix, or a channel.
 
-    ``ratio`` and ``branch`` have size one along the inputs and outputs: one value a matrix. Branch
-    1 is the channel view, 2 the layer view, 0 no projection.
+    ``factor``: the radial part of the update is ``factor * w``; zero where nothing is projected.
+    ``ratio``: factor on the weight decay. ``branch``: 0 none, 1 channel view, 2 layer view.
     """
 
-    update: Array
+    factor: Array
     ratio: Array
     branch: Array
 
 
-def project_radial_leaf(
+def radial_decision(
     g: Array,
     w: Array,
     u: Array,
@@ -48,11 +48,11 @@ def project_radial_leaf(
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
 ) -> RadialDecision:
-    r"""AdamP's projection of one leaf: the radial part of ``u`` goes where ``g`` is tangential.
+    r"""Whether a weight is scale invariant, and how much of ``u`` then points along it.
 
     For the channel view (rows = output channels), then for the layer view (the matrix as one row),
     the first hit wins: with n entries a row, if :math:`\max_r |\cos(g_r, w_r)| < \delta/\sqrt n`,
-    then :math:`u_r \leftarrow u_r - \hat w_r\langle\hat w_r, u_r\rangle`. One row above the
+    then :math:`\hat w_r\langle\hat w_r, u_r\rangle` is the radial part. One row above the
     threshold defeats the channel view of its whole matrix.
 
     Args:
@@ -72,8 +72,8 @@ def project_radial_leaf(
     def matrix(x: Array) -> Array:
         return jnp.sum(x, axis=outputs, keepdims=True)
 
-    # Four sums over rows serve both views: the sums over a matrix are sums of them.
-    g = saturate(g)
+    # Four sums over rows serve both views: the sums over a matrix are sums of them. Those of a huge
+    # gradient may overflow; the cosine is then 0 or NaN, and either way a decision.
     per_row = [rows(g * w), rows(jnp.square(g)), rows(jnp.square(w)), rows(w * u)]
     per_matrix = [matrix(x) for x in per_row]
     row_length = max(1, w.size // max(1, per_row[0].size))
@@ -90,11 +90,26 @@ def project_radial_leaf(
     worst = jnp.max(cosine(per_row), axis=outputs, keepdims=True, initial=0)
     by_channel = worst < delta / jnp.sqrt(row_length)
     by_layer = cosine(per_matrix) < delta / jnp.sqrt(matrix_length)
-    factor = jnp.where(
-        by_channel,
-        radial_factor(per_row),
-        jnp.where(by_layer, radial_factor(per_matrix), 0),
+    layer_factor = jnp.where(by_layer, radial_factor(per_matrix), 0)
+    return RadialDecision(
+        factor=jnp.where(by_channel, radial_factor(per_row), layer_factor),
+        ratio=jnp.where(by_channel | by_layer, wd_ratio, 1),
+        branch=jnp.where(by_channel, 1, jnp.where(by_layer, 2, 0)),
     )
-    ratio = jnp.where(by_channel | by_layer, wd_ratio, 1)
-    branch = jnp.where(by_channel, 1, jnp.where(by_layer, 2, 0))
-    return RadialDecision(u - factor * w, ratio, branch)
+
+
+class RadialProjection(NamedTuple):
+    """``update``: the projected update; ``ratio`` and ``branch`` as in ``RadialDecision``."""
+
+    update: Array
+    ratio: Array
+    branch: Array
+
+
+def project_radial_leaf(g: Array, w: Array, u: Array, **settings: Any) -> RadialProjection:
+    """AdamP's projection of one leaf: ``u`` without its radial part where ``g`` is tangential.
+
+    Takes the arguments of ``radial_decision``.
+    """
+    decision = radial_decision(g, w, u, **settings)
+    return RadialProjection(u - decision.factor * w, decision.ratio, decision.branch)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from optimkit.leaves import map_leaves, scalars_like, zero_count
-from optimkit.numerics import check_count, check_range, max_abs, next_count, one_minus_power, safe_div
+from optimkit.numerics import (
+    check_count,
+    check_range,
+    max_abs,
+    next_count,
+    one_minus_power,
+    safe_div,
+)
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree
 
 
@@ -91,7 +98,10 @@ def clip_by_tracked_max(
             largest = max_abs(g)
             tracked = decay * tracked + (1 - decay) * largest
             limit = tracked / correction
-            return jnp.where(jnp.abs(g) > limit, safe_div(g, largest) * limit, g), tracked
+            # Scalars first: one product an entry, cheap enough to be fused into every reader.
+            ratio = jnp.minimum(safe_div(limit, largest), 1)
+            # Not |g| > limit: XLA on CPUs would store |g|, to share it with the maximum above.
+            return jnp.where((g > limit) | (g < -limit), g * ratio, g), tracked
 
         updates, tracked_max = map_leaves(step, updates, state.tracked_max)
         return updates, ClipByTrackedMaxState(count, tracked_max)

@@ -13,9 +13,18 @@ import optax
 from optimkit.layout import matrix_axes, path_name
 from optimkit.leaves import check_match, check_real, require_params
 from optimkit.numerics import check_range, compute_dtype
-from optimkit.protocols import Array, GradientTransformation, Mask, MatrixAxes, Method, PyTree
+from optimkit.protocols import (
+    Array,
+    GradientTransformation,
+    Mask,
+    MatrixAxes,
+    Method,
+    PyTree,
+    Renewable,
+    transformation,
+)
 from optimkit.transforms.adam import scale_by_adam
-from optimkit.transforms.radial import project_radial_leaf
+from optimkit.transforms.radial import radial_decision
 
 ChannelAxis = Callable[[str, Any], int | tuple[int, ...]]
 
@@ -40,7 +49,7 @@ def channel_axes(name: str, leaf: Any, channel_axis: ChannelAxis | None) -> Matr
 
 
 def decay_tree(mask: Mask, params: PyTree) -> PyTree:
-    """optax's mask as a tree of bools: True = decayed."""
+    """The decay mask as a tree of bools: True = decayed."""
     if mask is None:
         return jax.tree.map(lambda _: True, params)
     return mask(params) if callable(mask) else mask
@@ -97,7 +106,8 @@ def project_radial(
     """
     check_range(delta=delta, weight_decay=weight_decay, wd_ratio=wd_ratio, ge=0)
     check_range(eps=eps, gt=0)
-    inner = optax.with_extra_args_support(inner)
+    if not isinstance(inner, Renewable):
+        inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectRadialState:
         jax.tree_util.tree_map_with_path(  # an ambiguous layout shows before training starts
@@ -116,31 +126,32 @@ def project_radial(
         check_real(updates, "gradient")
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra)
 
-        def project(path: Any, g: Array, w: Array, u: Array, decayed: bool) -> Array:
+        def decide(path: Any, g: Array, w: Array, u: Array) -> tuple[Array, Array]:
             axes = channel_axes(path_name(path), w, channel_axis)
-            dtype = compute_dtype(g, w)
-            g, w, wide = g.astype(dtype), w.astype(dtype), u.astype(dtype)
-            ratio: Any = 1
-            if axes is not None:
-                wide, ratio, _ = project_radial_leaf(
-                    g,
-                    w,
-                    wide,
-                    delta=delta,
-                    eps=eps,
-                    wd_ratio=wd_ratio,
-                    inputs=axes.inputs,
-                    outputs=axes.outputs,
-                )
-            decay = jnp.where(decayed, weight_decay * ratio, 0)
-            return (wide + decay * w).astype(jnp.result_type(u))
+            if axes is None:
+                return jnp.zeros((), compute_dtype(g, w)), jnp.ones((), compute_dtype(g, w))
+            wide = (x.astype(compute_dtype(g, w)) for x in (g, w, u))
+            settings = {"delta": delta, "eps": eps, "wd_ratio": wd_ratio}
+            decision = radial_decision(*wide, **settings, inputs=axes.inputs, outputs=axes.outputs)
+            return decision.factor, decision.ratio
 
-        updates = jax.tree_util.tree_map_with_path(
-            project, updates, params, directions, decay_tree(mask, params)
-        )
+        decided = jax.tree_util.tree_map_with_path(decide, updates, params, directions)
+        if isinstance(inner, Renewable):
+            # The update is needed before and after the sums over it. Kept apart by the barrier, it
+            # is computed twice, where else it would be stored: 4 bytes a parameter.
+            decided, inner_state = jax.lax.optimization_barrier((decided, inner_state))
+            directions = inner.direction(updates, inner_state)
+
+        def project(u: Array, w: Array, decision: tuple[Array, Array], decayed: Any) -> Array:
+            factor, ratio = decision
+            wide = compute_dtype(u, w)
+            decay = jnp.where(decayed, weight_decay * ratio, 0)
+            return (u.astype(wide) + (decay - factor) * w.astype(wide)).astype(u.dtype)
+
+        updates = jax.tree.map(project, directions, params, decided, decay_tree(mask, params))
         return updates, ProjectRadialState(inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORD = Method(

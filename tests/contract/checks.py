@@ -382,7 +382,10 @@ def check_trees(record: Method, dtype: str) -> None:
         updates, _ = jax.eval_shape(one, params, grads)
         assert jax.tree.structure(updates) == jax.tree.structure(params), kind
         assert signature_of(updates) == signature_of(jax.eval_shape(lambda p: p, params)), kind
-    for bad, words in ((jnp.ones((4, 3), jnp.complex64), "complex"), (jnp.ones((4, 3), int), "int")):
+    for bad, words in (
+        (jnp.ones((4, 3), jnp.complex64), "complex"),
+        (jnp.ones((4, 3), int), "int"),
+    ):
         params = {"layer": {"kernel": bad}}
         tx = record.build()
 
@@ -406,7 +409,9 @@ def check_bad_input(record: Method, dtype: str) -> None:
     held = "params" in record.needs or any(np.ndim(x) for x in jax.tree.leaves(state))
     if "params" in record.needs:
         raises(
-            lambda: tx.update(params, state, **(record.extras(params, params) if record.extras else {})),
+            lambda: tx.update(
+                params, state, **(record.extras(params, params) if record.extras else {})
+            ),
             (ValueError,),
             "params",
         )
@@ -419,7 +424,9 @@ def check_bad_input(record: Method, dtype: str) -> None:
                 str(shape),
             )
     raises(
-        lambda: update({"layer": {"kernel": params["layer"]["kernel"], "bias": jnp.ones(3, dtype)}}),
+        lambda: update(
+            {"layer": {"kernel": params["layer"]["kernel"], "bias": jnp.ones(3, dtype)}}
+        ),
         (ValueError,),
         "layer/bias" if held else "",
     )

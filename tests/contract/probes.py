@@ -87,7 +87,11 @@ PROBES: dict[str, tuple[Method, str, str]] = {
         (Method(factory=gives_nan, kind="piece", summary=""), "finite", "float32"),
         (Method(factory=changes_dtype, kind="piece", summary=""), "dtype", "bfloat16"),
         (Method(factory=recompiles, kind="piece", summary=""), "compile", "float32"),
-        (Method(factory=broadcasts, kind="piece", summary="", state_bytes=4), "bad_input", "float32"),
+        (
+            Method(factory=broadcasts, kind="piece", summary="", state_bytes=4),
+            "bad_input",
+            "float32",
+        ),
         (
             Method(
                 factory=bare_adamw,
