@@ -1,4 +1,4 @@
-"""4-bit emulation: the grids on numbers checkable by hand, straight-through gradients, the layers."""
+"""4-bit emulation: grids on numbers checkable by hand, straight-through gradients, layers."""
 
 from __future__ import annotations
 
