@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optimkit.layout import named_leaves, path_name
-from optimkit.numerics import compute_dtype
+from optimkit.numerics import compute_dtype, narrow
 from optimkit.protocols import GradientTransformation, PyTree
 
 # ---------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def map_leaves(
         if any(np.shape(new) != np.shape(old) for new, old in zip(out, kept, strict=True)):
             raise _shape_error(updates, index, others)
         results.append(
-            tuple(new.astype(jnp.result_type(old)) for new, old in zip(out, kept, strict=True))
+            tuple(narrow(new, jnp.result_type(old)) for new, old in zip(out, kept, strict=True))
         )
     trees = tuple(structure.unflatten(column) for column in zip(*results, strict=True)) or (
         updates,
@@ -215,6 +215,11 @@ def widen(tree: PyTree, like: PyTree | None = None) -> PyTree:
     return jax.tree.map(lambda x, p: jnp.asarray(x, compute_dtype(p)), tree, like)
 
 
+def narrow_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Every leaf in the dtype of the matching leaf of ``like``; finite entries stay finite."""
+    return jax.tree.map(lambda x, p: narrow(x, jnp.result_type(p)), tree, like)
+
+
 def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
     """A paper's method as a chain: checks the input, computes in f32 or better, casts once, last.
 
@@ -245,6 +250,6 @@ def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
         check_match(updates, params, what="gradient", like="the parameters")
         check_real(updates, "gradient")
         new, state = inner.update(widen(updates, params), state, widen(params), **extra)
-        return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), new, params), state
+        return narrow_like(new, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)

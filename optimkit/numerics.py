@@ -61,6 +61,14 @@ def due(count: Array, every: int, *, phase: int = 0) -> Array:
     return (count - phase) % every == 0
 
 
+def narrow(x: Array, dtype: Any) -> Array:
+    """An array in another dtype; finite entries beyond its range become its largest number."""
+    largest = float(jnp.finfo(dtype).max)
+    if float(jnp.finfo(x.dtype).max) > largest:
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+    return x.astype(dtype)
+
+
 # ---------------------------------------------------------------------------------------------
 # Safe arithmetic
 # ---------------------------------------------------------------------------------------------
@@ -109,8 +117,10 @@ def safe_norm(
     if x.size == 0:
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=keepdims))
     largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    usable = (largest >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest)
-    scale = jnp.where(usable, largest, 1)
+    # Divisor and reciprocal stay normal numbers, for compiled code may flush subnormal ones.
+    tiny = float(jnp.finfo(x.dtype).tiny)
+    usable = (largest >= tiny) & jnp.isfinite(largest)
+    scale = jnp.where(usable, jnp.minimum(largest, 1 / tiny), 1)
     norm = scale * jnp.sqrt(jnp.sum(jnp.square(x / scale), axis=axis, keepdims=True))
     return norm if keepdims else jnp.squeeze(norm, axis=axis)
 

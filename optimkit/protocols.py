@@ -43,6 +43,8 @@ STATE_FIELDS: Mapping[str, str] = {
     "norm_mean": "running mean of the gradient norm, one f32 scalar per leaf",
     "norm_mean_square": "running mean of the squared gradient norm, one f32 scalar per leaf",
     "norm": "norm of the last update, one f32 scalar per leaf or one for the tree",
+    "seen": "whether anything has been stored yet, one bool scalar per leaf or one for the tree",
+    "target_norm": "norm that a projection returns to: one f32 scalar per leaf, or one per channel",
     "learning_rate": "the rate that the last update used",
     "max_learning_rate": "the largest rate used so far, one scalar",
     "b1": "weight that the last update gave to the average, one scalar",

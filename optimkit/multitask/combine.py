@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimkit.leaves import check_real, widen
-from optimkit.multitask.tasks import check_tasks, mix_tasks, narrow, sum_tasks
+from optimkit.leaves import check_real, narrow_like, widen
+from optimkit.multitask.tasks import check_tasks, mix_tasks, sum_tasks
 from optimkit.numerics import check_count
 from optimkit.protocols import Array, GradientCombiner, GradientTransformation, Method, PyTree
 
@@ -81,7 +81,7 @@ def with_combiner(
             widen(updates, like), state.combiner_state, wide, **extra
         )
         new, inner_state = inner_tx.update(grads, state.inner_state, wide, **extra)
-        return narrow(new, like), WithCombinerState(combiner_state, inner_state)
+        return narrow_like(new, like), WithCombinerState(combiner_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -125,7 +125,7 @@ def sum_combiner(weights: Array | None = None) -> GradientCombiner:
             total = sum_tasks(task_grads)
         else:
             total = mix_tasks(task_grads, jnp.asarray(weights))
-        return narrow(total, task_grads), state
+        return narrow_like(total, task_grads), state
 
     return GradientCombiner(init, update)
 

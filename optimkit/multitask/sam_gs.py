@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimkit.leaves import check_match, check_real, widen, zero_count
+from optimkit.leaves import check_match, check_real, narrow_like, widen, zero_count
 from optimkit.multitask.combine import with_combiner
 from optimkit.multitask.tasks import (
     check_tasks,
-    narrow,
     over_pairs,
     pair_similarities,
     per_task,
@@ -234,7 +233,7 @@ def sam_gs(
             "norms_equalized": equalize.astype(dissimilarity.dtype),
             "task_similarity": mean_similarity.astype(dissimilarity.dtype),
         }
-        return narrow(combined, task_grads), SamGsState(count, mu, dissimilarity, metrics)
+        return narrow_like(combined, task_grads), SamGsState(count, mu, dissimilarity, metrics)
 
     return GradientCombiner(init, update)
 

@@ -87,22 +87,6 @@ def per_task(values: Array, leaf: Array) -> Array:
     return jnp.expand_dims(values, tuple(range(1, np.ndim(leaf))))
 
 
-def narrow(tree: PyTree, like: PyTree) -> PyTree:
-    """Every leaf in the dtype of the matching leaf of ``like``; finite entries stay finite.
-
-    A value above the narrower type's largest number becomes that number, not infinity.
-    """
-
-    def one(x: Array, reference: Any) -> Array:
-        dtype = jnp.result_type(reference)
-        limit = float(jnp.finfo(dtype).max)
-        if limit < float(jnp.finfo(x.dtype).max):
-            x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
-        return x.astype(dtype)
-
-    return jax.tree.map(one, tree, like)
-
-
 def _widen(leaf: Any) -> Array:
     return jnp.asarray(leaf, compute_dtype(leaf))
 

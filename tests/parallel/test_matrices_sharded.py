@@ -1,0 +1,135 @@
+"""Matrices on a mesh: the numbers of one device, each leaf where it was, the work divided.
+
+Runs on eight simulated devices in a process of its own (``XLA_FLAGS``, set by the Makefile).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimkit as ok
+from tests.parallel.cases import assert_close, make_mesh
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
+)
+
+SHAPES = {
+    "conv": {"kernel": (4, 4, 4, 8)},
+    "first": {"kernel": (8, 16), "bias": (8,)},
+    "second": {"kernel": (16, 8)},
+    "query": {"kernel": (8, 4, 4)},
+    "stack": {"kernel": (4, 16, 8)},
+    "uneven": {"kernel": (5, 3)},
+}
+"""Seven 8 x 16 matrices make one bucket, which eight devices pad; ``uneven`` stays replicated."""
+
+AXES = {"stack/kernel": ok.MatrixAxes((0,), (1,), (2,))}
+
+
+def values(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+CUBIC = (1.5, -0.5, 0.0)
+"""Five steps multiply rounding errors by 1.5^5 at most; the default triple by 3.44^5 = 485."""
+
+
+def optimizer() -> Any:
+    return ok.muon(0.1, weight_decay=0.1, ns_coeffs=CUBIC, ns_dtype="float32", matrix_axes=AXES)
+
+
+def two_steps(params: Any, first: Any, second: Any) -> Any:
+    tx = optimizer()
+    updates, state = tx.update(first, tx.init(params), params)
+    params = jax.tree.map(jnp.add, params, updates)
+    updates, state = tx.update(second, state, params)
+    return updates, state[0].inner_states["matrix"].inner_state[0][0].mu
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    return jax.jit(two_steps)(values(0), values(1), values(2))
+
+
+def spec(shape: tuple[int, ...], axis: int, names: Any) -> P:
+    """One axis of a leaf over one mesh axis or both, where it divides."""
+    size = 8 if isinstance(names, tuple) else 4
+    if axis >= len(shape) or shape[axis] % size:
+        return P(*[None] * len(shape))
+    return P(*[names if a == axis else None for a in range(len(shape))])
+
+
+def place(tree: Any, mesh: Any, axis: int, names: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, spec(x.shape, axis, names))), tree
+    )
+
+
+@pytest.mark.parametrize("names", ["x", ("x", "y")])
+@pytest.mark.parametrize("axis", range(4))
+def test_explicit_mesh(expected: Any, axis: int, names: Any) -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params, first, second = (place(values(s), mesh, axis, names) for s in range(3))
+        updates, momentum = jax.jit(two_steps)(params, first, second)
+    assert_close(updates, expected[0], 1e-5, f"axis {axis} over {names}")
+    assert_close(momentum, expected[1], 1e-5, f"momentum, axis {axis} over {names}")
+
+    def same_place(u: Any, p: Any) -> None:
+        assert u.sharding.is_equivalent_to(p.sharding, p.ndim), f"{u.sharding} {p.sharding}"
+
+    jax.tree.map(same_place, updates, params)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_auto_mesh(expected: Any, axis: int) -> None:
+    mesh = make_mesh(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        placed = (place(values(s), mesh, axis, "x") for s in range(3))
+        updates, momentum = jax.jit(two_steps)(*placed)
+    assert_close(updates, expected[0], 1e-5, f"auto mesh, axis {axis}")
+    assert_close(momentum, expected[1], 1e-5, f"auto mesh, momentum, axis {axis}")
+
+
+def test_explicit_mesh_without_jit_and_without_buckets() -> None:
+    params = {"kernel": values(0)["first"]["kernel"]}
+    mesh = make_mesh(AxisType.Explicit)
+    tx = ok.orthogonalize_updates(ns_coeffs=CUBIC, ns_dtype="float32", bucket=False)
+    expected, _ = tx.update(params, tx.init(params))
+    with jax.set_mesh(mesh):
+        placed = place(params, mesh, 0, "x")
+        got, _ = tx.update(placed, tx.init(placed))
+    assert_close(got, expected, 1e-5, "eager")
+    assert got["kernel"].sharding.spec == P("x", None)
+
+
+def test_each_device_orthogonalises_its_share() -> None:
+    """A bucket of eight equal matrices costs a device an eighth, and a bit for elementwise work."""
+    params = {f"layer_{i}": {"kernel": jnp.ones((64, 64))} for i in range(8)}
+    tx = ok.muon(0.1, ns_dtype="float32")
+
+    def flops(params: Any) -> float:
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+        compiled = step.lower(params, tx.init(params), params).compile()
+        costs: Any = compiled.cost_analysis()
+        return costs["flops"]
+
+    alone = flops(params)
+    assert alone > 8 * 5 * 3 * 2 * 64**3
+    mesh = make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        divided = flops(place(params, mesh, 0, "x"))
+    assert divided < alone / 6
