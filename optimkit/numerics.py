@@ -63,6 +63,8 @@ def due(count: Array, every: int, *, phase: int = 0) -> Array:
 
 def narrow(x: Array, dtype: Any) -> Array:
     """An array in another dtype; finite entries beyond its range become its largest number."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x.astype(dtype)
     largest = float(jnp.finfo(dtype).max)
     if float(jnp.finfo(x.dtype).max) > largest:
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)

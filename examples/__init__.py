@@ -1,0 +1,1 @@
+"""Programs that use only the public interface of optimkit; run them from the repository root."""

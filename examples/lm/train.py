@@ -1,0 +1,369 @@
+r"""Trains the byte-level language model with any optimizer and any schedule of the catalog.
+
+    python -m examples.lm.train --optimizer=adamp --opt_args="weight_decay=0.1,b2=0.95" \
+        --learning_rate=3e-3 --schedule=wsd_schedule \
+        --schedule_args="warmup_steps=20,stable_steps=220,decay_steps=60" --steps=300
+
+``--optimizer=adamw`` is optax's AdamW, the baseline. From Python: ``run(Config(steps=100))``.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from examples.lm import report
+from examples.lm.data import python_manual
+from examples.lm.model import LanguageModel, Linear, ModelConfig
+from optimkit import catalog
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Every field is a flag of the same name; ``--help`` prints what they mean."""
+
+    optimizer: str = _option("adamw", "a recipe of the catalog, or adamw for optax's")
+    opt_args: str = _option("", "its other keywords, such as weight_decay=0.1,b2=0.95")
+    learning_rate: float = _option(3e-3, "the rate, or the peak of the schedule")
+    schedule: str = _option("constant", "a schedule of the catalog, or constant")
+    schedule_args: str = _option("", "its keywords; the first one is --learning_rate if not given")
+    steps: int = _option(300, "updates")
+    batch_size: int = _option(16, "sequences a batch, over all devices")
+    seq_len: int = _option(128, "bytes a sequence")
+    seed: int = _option(0, "chooses the initial weights and the order of the batches")
+    mesh: str = _option("data=1", "devices to spread each batch over, such as data=2")
+    width: int = _option(128, "length of the residual stream")
+    depth: int = _option(4, "blocks")
+    heads: int = _option(4, "attention heads")
+    val_every: int = _option(50, "steps between validations; the last step has one in any case")
+    out: str = _option("", "folder for metrics.csv and curves.png; nothing is written without it")
+    tensorboard: bool = _option(False, "also write TensorBoard scalars into --out")
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message is one sentence that says which and what to write."""
+
+
+class DivergedError(FloatingPointError):
+    """The loss is no longer a finite number."""
+
+
+@contextlib.contextmanager
+def _settings(where: str) -> Iterator[None]:
+    """Turns what a factory says about its arguments into one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error.args[0] if error.args else error}") from error
+
+
+def parse_keywords(text: str) -> dict[str, Any]:
+    """Reads ``"a=1,b='x',c=(1, 2)"``. Values are Python literals; nothing is evaluated.
+
+    Raises:
+      ValueError: if it is anything else.
+    """
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("not a list of keywords")
+        if any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("two stars")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(
+            f"cannot read {text!r}; write keywords with plain values, and text in quotes, such as "
+            "weight_decay=0.1,decay='linear'"
+        ) from None
+
+
+def build_schedule(config: Config) -> optax.Schedule:
+    """The schedule by its name; its first argument, the peak, is the learning rate if not given."""
+    with _settings("--schedule"):
+        keywords = parse_keywords(config.schedule_args)
+        if config.schedule == "constant":
+            if keywords:
+                raise ValueError(f"constant takes no --schedule_args, got {config.schedule_args!r}")
+            return optax.constant_schedule(config.learning_rate)
+        factory = catalog.find(config.schedule, "schedule").factory
+        peak = next(iter(inspect.signature(factory).parameters))
+        return catalog.make(config.schedule, "schedule", **{peak: config.learning_rate, **keywords})
+
+
+def build_optimizer(config: Config, rate: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer by its name, at a rate or a schedule."""
+    with _settings("--optimizer"):
+        keywords = parse_keywords(config.opt_args)
+        if config.optimizer == "adamw":
+            factory: Callable[..., Any] = optax.adamw
+        else:
+            record = catalog.find(config.optimizer, "recipe")
+            factory = record.factory
+            if missing := set(record.needs) - {"params", *GIVEN_EXTRAS}:
+                raise ValueError(
+                    f"{record.name} needs {sorted(missing)} in every update, which this trainer "
+                    "does not compute"
+                )
+        if "learning_rate" in inspect.signature(factory).parameters:
+            keywords = {"learning_rate": rate, **keywords}
+        catalog.check_keywords(factory, keywords)
+        return optax.with_extra_args_support(factory(**keywords))
+
+
+def build_mesh(config: Config) -> jax.sharding.Mesh:
+    """A mesh with one axis, ``data``, over the first devices."""
+    with _settings("--mesh"):
+        sizes = parse_keywords(config.mesh)
+        if list(sizes) != ["data"] or not isinstance(sizes["data"], int) or sizes["data"] < 1:
+            raise ValueError(f"write data=N with N devices, got {config.mesh!r}")
+        count, found = sizes["data"], jax.device_count()
+        if count > found:
+            raise ValueError(
+                f"data={count} needs {count} devices and there are {found}; on a CPU, set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        if config.batch_size % count:
+            raise ValueError(f"--batch_size {config.batch_size} must be a multiple of {count}")
+        return jax.make_mesh(
+            (count,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+GIVEN_EXTRAS = ("value", "grad", "value_fn")
+"""Extra arguments that the step hands to the optimizer."""
+
+
+def make_steps(graphdef: Any, tx: optax.GradientTransformationExtraArgs) -> tuple[Any, Any]:
+    """The two pure functions of a run: ``train_step`` and ``eval_step``."""
+
+    def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(batch[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+    def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Any]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            value=loss,
+            grad=grads,
+            value_fn=functools.partial(loss_fn, batch=batch),
+        )
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return train_step, loss_fn
+
+
+class Trainer:
+    """A run that can be stopped, looked at and gone on with.
+
+    ``params``, ``opt_state`` and ``step`` are its whole state: the schedule counts inside
+    ``opt_state``, and the data position is the step.
+
+    Args:
+      config: the settings.
+      hooks: what happens around the steps, in this order.
+      tx: an optimizer to use in place of the one that the settings name, for example
+        ``optax.chain(something, build_optimizer(config, build_schedule(config)))``.
+      linear: what makes the projections of the blocks, see ``LanguageModel``.
+
+    Raises:
+      ConfigError: if a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hooks: Sequence[report.Hook] = (),
+        *,
+        tx: optax.GradientTransformation | None = None,
+        linear: Linear = nnx.Linear,
+    ):
+        self.config = config
+        self.hooks = tuple(hooks)
+        self.schedule = build_schedule(config)
+        self.tx = optax.with_extra_args_support(tx or build_optimizer(config, self.schedule))
+        mesh = build_mesh(config)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        with _settings("settings"):
+            if min(config.steps, config.val_every) < 1:
+                raise ValueError("--steps and --val_every must be at least 1")
+            self.data = python_manual(
+                seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+            )
+            shape = ModelConfig(width=config.width, depth=config.depth, heads=config.heads)
+        model = LanguageModel(shape, rngs=nnx.Rngs(config.seed), linear=linear)
+        graphdef, params = nnx.split(model)
+        train_step, eval_step = make_steps(graphdef, self.tx)
+        # The old parameters and state are donated: their memory becomes that of the new ones.
+        self.train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=replicated)
+        self.eval_step = jax.jit(eval_step)
+        self.params = jax.device_put(params, replicated)
+        with _settings("--opt_args"):
+            self.opt_state = jax.jit(self.tx.init, out_shardings=replicated)(self.params)
+        self.step = 0
+        self.history = report.History(
+            parameters=sum(x.size for x in jax.tree.leaves(self.params)),
+            optimizer_bytes=sum(x.nbytes for x in jax.tree.leaves(self.opt_state)),
+        )
+
+    @property
+    def title(self) -> str:
+        """One line that says what runs."""
+        c = self.config
+        size = f"{self.history.parameters / 1e6:.2f}M parameters"
+        return f"{c.optimizer}, {c.schedule} rate {c.learning_rate:g}, {size}, {c.mesh}"
+
+    def place(self, batch: np.ndarray) -> jax.Array:
+        """Puts a batch on the devices, a part of the sequences on each."""
+        return jax.device_put(batch, self.batch_sharding)
+
+    def validate(self) -> float:
+        """The mean loss over the fixed validation batches."""
+        batches = self.data.validation_batches()
+        return float(np.mean([self.eval_step(self.params, self.place(b)) for b in batches]))
+
+    def run(self) -> report.History:
+        """Trains from the present step to the last one.
+
+        Raises:
+          DivergedError: at the first loss that is not finite.
+        """
+        config = self.config
+        # All at once: calling a schedule step by step on the host would cost more than the step.
+        rates = np.asarray(jax.vmap(self.schedule)(jnp.arange(config.steps)))
+        with contextlib.ExitStack() as finish:
+            for hook in self.hooks:
+                hook.start(self)
+                finish.callback(hook.finish, self)
+            while self.step < config.steps:
+                row = self._one_step(float(rates[self.step]))
+                for hook in self.hooks:
+                    hook.step(self, row)
+                if not math.isfinite(row.loss):
+                    raise DivergedError(
+                        f"the loss is {row.loss} at step {row.step} of {self.title}; try a "
+                        "smaller --learning_rate, a longer warm-up, or a clip"
+                    )
+        return self.history
+
+    def _one_step(self, rate: float) -> report.Row:
+        began = time.perf_counter()
+        self.params, self.opt_state, metrics = self.train_step(
+            self.params, self.opt_state, self.place(self.data.batch(self.step))
+        )
+        metrics = jax.device_get(metrics)  # waits for the step, so the time below is its own
+        step_time = time.perf_counter() - began
+        self.step += 1
+        due = self.step % self.config.val_every == 0 or self.step == self.config.steps
+        row = report.Row(
+            step=self.step,
+            loss=float(metrics["loss"]),
+            rate=rate,
+            gradient_norm=float(metrics["gradient_norm"]),
+            step_time=step_time,
+            val_loss=self.validate() if due else math.nan,
+        )
+        self.history.rows.append(row)
+        return row
+
+
+def run(config: Config, hooks: Sequence[report.Hook] = (), **kwargs: Any) -> report.History:
+    """Trains one model; the keywords are ``Trainer``'s."""
+    return Trainer(config, hooks, **kwargs).run()
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+_DEFINE = {
+    "str": flags.DEFINE_string,
+    "int": flags.DEFINE_integer,
+    "float": flags.DEFINE_float,
+    "bool": flags.DEFINE_boolean,
+}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one flag for every field of ``Config``."""
+    for field in dataclasses.fields(Config):
+        _DEFINE[str(field.type)](
+            field.name, field.default, field.metadata["help"], flag_values=values
+        )
+
+
+def config_from_flags(values: flags.FlagValues) -> Config:
+    """The settings that the flags hold."""
+    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+
+
+def standard_hooks(config: Config) -> list[report.Hook]:
+    """What the command line shows and writes."""
+    hooks: list[report.Hook] = [report.ProgressBar(config.optimizer)]
+    if config.out:
+        hooks += [report.CsvLog(Path(config.out)), report.Curves(Path(config.out))]
+    if config.tensorboard:
+        with _settings("--tensorboard"):
+            hooks.append(report.TensorBoardLog(Path(config.out or "out")))
+    return hooks
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the flags say. Exit status 2: a wrong setting; 1: the loss was not finite."""
+    logging.set_verbosity(logging.WARNING)  # no notes about backends that are not there
+    try:
+        if argv[1:]:
+            raise ConfigError(f"every setting is a --flag=value, got {list(argv[1:])}")
+        config = config_from_flags(flags.FLAGS)
+        trainer = Trainer(config, standard_hooks(config))
+        print(trainer.data.source)
+        print(trainer.title, flush=True)
+        history = trainer.run()
+    except (ConfigError, DivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    print(
+        f"final training loss {history.final_loss:.4f}, validation loss {history.val_loss:.4f} "
+        f"nats a byte; median step {1e3 * history.step_time:.1f} ms; optimizer "
+        f"{history.bytes_per_parameter:.2f} bytes a parameter"
+    )
+    if config.out:
+        print(f"wrote {Path(config.out) / 'metrics.csv'} and {Path(config.out) / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
