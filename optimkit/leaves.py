@@ -94,13 +94,6 @@ def zero_count() -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
-class _Place:
-    """Stands for the parameters in ``init``, so that their places in a state can be found."""
-
-
-jax.tree_util.register_pytree_node(_Place, lambda _: ((), None), lambda _, __: _Place())
-
-
 def map_param_state(
     init: Callable[[PyTree], PyTree],
     at_param: Callable[[str, Any], Any],
@@ -116,14 +109,15 @@ def map_param_state(
       state: the state to map.
     """
 
-    def one(place: Any, subtree: Any) -> Any:
-        if isinstance(place, _Place):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: at_param(path_name(path), leaf), subtree
-            )
-        return elsewhere(subtree)
+    def in_place(subtree: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: at_param(path_name(path), leaf), subtree
+        )
 
-    return jax.tree.map(one, init(_Place()), state, is_leaf=lambda x: isinstance(x, _Place))
+    # optax's own placeholder: optax.masked with a tree of bools knows no other.
+    return optax.tree_map_params(
+        init, in_place, state, transform_non_params=elsewhere, is_leaf=lambda _: True
+    )
 
 
 # ---------------------------------------------------------------------------------------------

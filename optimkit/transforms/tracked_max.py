@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 
 from optimkit.leaves import map_leaves, scalars_like, zero_count
 from optimkit.numerics import (
@@ -16,7 +15,7 @@ from optimkit.numerics import (
     one_minus_power,
     safe_div,
 )
-from optimkit.protocols import Array, GradientTransformation, Method, PyTree
+from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 
 
 class ClipByTrackedMaxState(NamedTuple):
@@ -76,7 +75,7 @@ def clip_by_tracked_max(
     [5.667, 0.5]
 
     Reference: Huang et al., "Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam",
-    2025, arXiv 2502.17055. Agrees with the authors' class (array ``clipped/`` of ``stable_spam__*``).
+    2025, arXiv 2502.17055. Agrees with the authors' class (``clipped/`` of ``stable_spam__*``).
     """
     check_range(decay=decay, ge=0, lt=1)
     check_count(count_restart=count_restart or 0)
@@ -106,7 +105,7 @@ def clip_by_tracked_max(
         updates, tracked_max = map_leaves(step, updates, state.tracked_max)
         return updates, ClipByTrackedMaxState(count, tracked_max)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORD = Method(

@@ -12,7 +12,14 @@ import optax
 from optimkit.layout import named_leaves, path_parts
 from optimkit.leaves import check_match, check_real, map_param_state, zero_count
 from optimkit.numerics import as_float, check_choice, check_count, check_range, due, next_count
-from optimkit.protocols import COUNT_FIELDS, Array, GradientTransformation, Method, PyTree
+from optimkit.protocols import (
+    COUNT_FIELDS,
+    Array,
+    GradientTransformation,
+    Method,
+    PyTree,
+    transformation,
+)
 from optimkit.transforms.adam import scale_by_adam
 
 
@@ -23,9 +30,7 @@ class MomentumResetState(NamedTuple):
     inner_state: PyTree
 
 
-def reset_warmup_factor(
-    step: Array, interval: int, warmup_steps: int, floor: Any = 0.01
-) -> Array:
+def reset_warmup_factor(step: Array, interval: int, warmup_steps: int, floor: Any = 0.01) -> Array:
     r"""The factor on the update at a 1-based step: 1 before the first reset, then a cosine ramp.
 
     With :math:`c = t \bmod D`: :math:`f = 1` if t < D or c >= N, else
@@ -49,7 +54,7 @@ def _is_count(path: Any, siblings: set[tuple[Any, ...]]) -> bool:
 
 
 def _reset_marks(inner: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
-    """Per state leaf ``"moment"`` (float, in a parameter's place and shape), ``"count"`` or ``""``."""
+    """Per state leaf ``"moment"`` (float, a parameter's place and shape), ``"count"`` or ``""``."""
     shapes = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
 
     def moment(name: str, leaf: Any) -> str:
@@ -83,7 +88,8 @@ def momentum_reset(
     Args:
       inner: any transformation; its state is searched, however deep.
       interval: D; steps D, 2D, ... (from 1) are reset steps. 0 switches resets off.
-      moments: reset them before the inner update of a reset step, or after it.
+      moments: reset them before the inner update of a reset step, or after it. What is due after
+        step D is carried out on entry to step D + 1: the state between the two still holds it.
       counts: the same for step counts, or never.
       warmup_steps: N; after a reset, multiply the updates by a cosine ramp over N steps (see
         ``reset_warmup_factor``). 0: no ramp.
@@ -132,34 +138,35 @@ def momentum_reset(
             check_match(updates, params, what="gradient", like="the parameters")
         like = updates if params is None else params
         step = next_count(state.count)
-        reset_now = due(step, interval)
+        # What is due after step D is done on entry to step D + 1: the updates are the same, and
+        # moments that an update used and that are then stored otherwise would cost a copy.
+        now = {
+            "before": due(step, interval),
+            "after": due(state.count, interval) & (state.count > 0),
+        }
 
-        def reset(inner_state: PyTree, moment: str) -> PyTree:
-            if interval == 0:
-                return inner_state
+        inner_state = state.inner_state
+        if interval:
             # Fresh arrays cost nothing: they are constants that fuse into the selection.
-            marks = _reset_marks(inner, inner_state, like)
-            return jax.tree.map(
+            inner_state = jax.tree.map(
                 lambda mark, new, old: (
-                    jnp.where(reset_now, new, old).astype(old.dtype)
-                    if mark and when[mark] == moment
+                    jnp.where(now[when[mark]], new, old).astype(old.dtype)
+                    if when.get(mark) in now
                     else old
                 ),
-                marks,
+                _reset_marks(inner, inner_state, like),
                 inner.init(like),
                 inner_state,
             )
 
         extra.setdefault("global_count", state.count)
-        inner_state = reset(state.inner_state, "before")
         updates, inner_state = inner.update(updates, inner_state, params, **extra)
-        inner_state = reset(inner_state, "after")
         if warmup_steps:
             factor = reset_warmup_factor(step, interval, warmup_steps, warmup_floor)
             updates = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
         return updates, MomentumResetState(step, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORD = Method(

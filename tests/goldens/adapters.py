@@ -104,7 +104,6 @@ def run_schedule(golden: Golden, **overrides: Any) -> Errors:
     return {"value": relative_error(jax.vmap(schedule)(counts), golden.arrays["value"])}
 
 
-
 def run_combiner(golden: Golden, **overrides: Any) -> Errors:
     combiner = build(golden, **overrides)
     sequence = arrays_of(golden, "task_grads")

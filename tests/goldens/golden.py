@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -99,7 +100,8 @@ def load(path: Path) -> Golden:
       DamagedGolden: if it cannot be read, is truncated, or says too little of itself.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # From memory, so that a truncated archive leaves no file open.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
         meta = json.loads(str(arrays.pop("meta")))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:

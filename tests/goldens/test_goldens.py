@@ -17,11 +17,26 @@ GOLDENS = all_goldens()
 # -- which method needs which golden ----------------------------------------------------------
 
 COVERED_BY: dict[str, str] = {
+    "by_kind": "muon",
+    "clip_by_tracked_max": "stable_spam",
+    "clip_spikes": "spam",
+    "decay_after_step": "spam",
+    "ema_momentum": "muon",
+    "momentum_reset": "spam",
+    "normalize_by_tracked_norm": "stable_spam",
+    "orthogonalize_updates": "muon",
+    "project_radial": "adamp",
     "scale_by_adam": "adamp",
     "scale_by_lion": "lion",
-    "project_radial": "adamp",
-    "clip_by_tracked_max": "stable_spam",
-    "momentum_reset": "spam",
+    "scale_by_lion_k": "lion_k",
+    "scale_by_matrix_shape": "muon",
+    "scale_by_muon": "muon",
+    "scale_by_spam": "spam",
+    "schedule_free_adamw": "schedule_free",
+    "schedule_free_radam": "schedule_free",
+    "schedule_free_sgd": "schedule_free",
+    "sparse_momentum": "spam",
+    "track_spike_score": "spam",
 }
 """Pieces and wrappers are verified through a method whose golden runs them."""
 

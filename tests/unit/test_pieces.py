@@ -164,14 +164,15 @@ def test_momentum_reset_leaves_rates_seeds_and_statistics_alone() -> None:
     )
     tx = ok.momentum_reset(inner, interval=2, moments="after", counts="after")
     params = {"w": jnp.zeros(3)}
-    _, state = run(tx, params, [{"w": jnp.ones(3)}] * 2)
+    # What is reset after step 2 is reset on entry to step 3, which then makes its own step.
+    _, state = run(tx, params, [{"w": jnp.ones(3)}] * 3)
     tracked, injected = state.inner_state
-    assert float(tracked.tracked_max["w"]) > 0
-    assert int(tracked.count) == 0
-    assert int(injected.count) == 2
-    assert float(injected.hyperparams["b1"]) == pytest.approx(0.91)
-    np.testing.assert_array_equal(injected.inner_state.mu["w"], np.zeros(3))
-    assert int(injected.inner_state.count) == 0
+    assert float(tracked.tracked_max["w"]) == pytest.approx(1 - 0.9**3)
+    assert int(tracked.count) == 1
+    assert int(injected.count) == 3
+    assert float(injected.hyperparams["b1"]) == pytest.approx(0.92)
+    np.testing.assert_allclose(injected.inner_state.mu["w"], 0.08, rtol=1e-5)
+    assert int(injected.inner_state.count) == 1
 
 
 def test_momentum_reset_inside_masked_and_around_it() -> None:
