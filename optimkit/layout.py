@@ -99,7 +99,7 @@ def select_leaves(
     if isinstance(selector, str):
         selector = [selector]
     if callable(selector):
-        choose: Callable[[str, Any], bool] = selector
+        choose: Callable[..., Any] = selector
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: bool(choose(path_name(path), leaf)), params
         )

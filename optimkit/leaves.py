@@ -16,7 +16,7 @@ import optax
 
 from optimkit.layout import named_leaves, path_name
 from optimkit.numerics import compute_dtype, narrow
-from optimkit.protocols import GradientTransformation, PyTree
+from optimkit.protocols import GradientTransformation, PyTree, transformation
 
 # ---------------------------------------------------------------------------------------------
 # Checks
@@ -246,4 +246,4 @@ def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
         new, state = inner.update(widen(updates, params), state, widen(params), **extra)
         return narrow_like(new, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

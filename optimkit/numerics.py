@@ -101,7 +101,7 @@ def one_minus_power(decay: Any, count: Any) -> Array:
 
 
 def saturate(x: Array) -> Array:
-    """Limits finite entries to what can be squared and summed (1e15 in f32); non-finite entries pass.
+    """Limits finite entries to what can be squared and summed: 1e15 in f32. Others pass.
 
     It costs no memory traffic, since it fuses, and never acts on a gradient that is not broken.
     """
@@ -148,6 +148,17 @@ def tree_norm(tree: PyTree) -> Array:
     """The l2 norm of a whole tree, safe against overflow; zero for an empty tree."""
     norms = [safe_norm(x.astype(compute_dtype(x))) for x in jax.tree.leaves(tree)]
     return safe_norm(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
+
+
+def in_turn(x: Array, previous: Array | None) -> Array:
+    """``x``, made to wait until ``previous``, a scalar >= 0 of another leaf, is known.
+
+    A leaf that is reduced and then used again is stored in between. XLA's schedule for CPUs would
+    store all leaves at once, 4 bytes a parameter; in turn, they share the memory of one or two. The
+    select is always the second branch, which the compiler cannot know, and fuses into what reads
+    it. (``lax.optimization_barrier`` is gone by the time that memory is assigned.)
+    """
+    return x if previous is None else jnp.where(previous < 0, previous.astype(x.dtype), x)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -244,29 +244,7 @@ GradientTransformation: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def transformation(
-    init: Callable[[PyTree], Any], update: Callable[..., tuple[PyTree, Any]]
+    init: Callable[..., Any], update: Callable[..., tuple[PyTree, Any]]
 ) -> GradientTransformation:
     """An optax transformation from its two functions; ``update`` takes ``**extra``."""
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class Renewable(optax.GradientTransformationExtraArgs):
-    """A transformation whose update can be made anew from the gradients and its *new* state.
-
-    ``direction(updates, new_state)`` gives what ``update`` gave. A wrapper that needs the update
-    twice, before and after a reduction, computes it twice and so stores it nowhere.
-    """
-
-    direction: Callable[[PyTree, Any], PyTree]
-
-    @classmethod
-    def make(
-        cls,
-        init: Callable[[PyTree], Any],
-        update: Callable[..., tuple[PyTree, Any]],
-        direction: Callable[[PyTree, Any], PyTree],
-    ) -> Renewable:
-        """The transformation with its third function."""
-        made = cls(init, update)
-        made.direction = direction
-        return made

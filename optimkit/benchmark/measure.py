@@ -14,7 +14,7 @@ from optimkit.protocols import PyTree
 
 
 def model_tree(leaves: int = 120, rows: int = 640, columns: int = 728) -> dict[str, Any]:
-    """A tree of ``leaves`` f32 arrays, half matrices and half vectors: 28M parameters by default."""
+    """A tree of ``leaves`` f32 arrays, half matrices and half vectors: 28M parameters."""
     rng = np.random.default_rng(0)
     return {
         f"layer_{i}": {

@@ -11,7 +11,14 @@ import optax
 from optimkit.leaves import check_real, narrow_like, widen
 from optimkit.multitask.tasks import check_tasks, mix_tasks, sum_tasks
 from optimkit.numerics import check_count
-from optimkit.protocols import Array, GradientCombiner, GradientTransformation, Method, PyTree
+from optimkit.protocols import (
+    Array,
+    GradientCombiner,
+    GradientTransformation,
+    Method,
+    PyTree,
+    transformation,
+)
 
 
 class WithCombinerState(NamedTuple):
@@ -83,7 +90,7 @@ def with_combiner(
         new, inner_state = inner_tx.update(grads, state.inner_state, wide, **extra)
         return narrow_like(new, like), WithCombinerState(combiner_state, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def sum_combiner(weights: Array | None = None) -> GradientCombiner:

@@ -13,7 +13,6 @@ from optimkit.protocols import (
     GradientTransformation,
     Method,
     PyTree,
-    Renewable,
     ScalarOrSchedule,
     transformation,
 )
@@ -82,35 +81,30 @@ def scale_by_adam(
     def init(params: PyTree) -> ScaleByAdamState:
         return ScaleByAdamState(zero_count(), zeros_like(params, mu_dtype), zeros_like(params))
 
-    def direction(updates: PyTree, state: ScaleByAdamState, decay: Any = None) -> PyTree:
-        decay = b1 if decay is None else decay
-        mu_correction = one_minus_power(decay, state.count)
-        nu_correction = one_minus_power(b2, state.count)
-
-        def step(g: Array, m: Array, v: Array) -> Array:
-            top = decay * m + (1 - decay) * saturate(g) if nesterov else m
-            if eps_form == "standard":
-                return (top / mu_correction) / (jnp.sqrt(v / nu_correction) + eps)
-            return top / (jnp.sqrt(v) + eps) * (jnp.sqrt(nu_correction) / mu_correction)
-
-        return map_leaves(step, updates, reads=(state.mu, state.nu))
-
     def update(
         updates: PyTree, state: ScaleByAdamState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, ScaleByAdamState]:
         del params
-        decay = b1(extra.get("global_count", state.count)) if callable(b1) else b1
+        count = next_count(state.count)
+        decay: Any = b1(extra.get("global_count", state.count)) if callable(b1) else b1
+        mu_correction = one_minus_power(decay, count)
+        nu_correction = one_minus_power(b2, count)
 
-        def moments(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+        def step(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
             g = saturate(g)
-            return g, decay * m + (1 - decay) * g, b2 * v + (1 - b2) * jnp.square(g)
+            m = decay * m + (1 - decay) * g
+            v = b2 * v + (1 - b2) * jnp.square(g)
+            top = decay * m + (1 - decay) * g if nesterov else m
+            if eps_form == "standard":
+                direction = (top / mu_correction) / (jnp.sqrt(v / nu_correction) + eps)
+            else:
+                direction = top / (jnp.sqrt(v) + eps) * (jnp.sqrt(nu_correction) / mu_correction)
+            return direction, m, v
 
-        _, mu, nu = map_leaves(moments, updates, state.mu, state.nu)
-        state = ScaleByAdamState(next_count(state.count), mu, nu)
-        return direction(updates, state, decay), state
+        updates, mu, nu = map_leaves(step, updates, state.mu, state.nu)
+        return updates, ScaleByAdamState(count, mu, nu)
 
-    # A scheduled b1 is not in the state, so the direction cannot be made from it alone.
-    return transformation(init, update) if callable(b1) else Renewable.make(init, update, direction)
+    return transformation(init, update)
 
 
 RECORD = Method(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 
 from optimkit.leaves import map_leaves, zeros_like
 from optimkit.numerics import check_range
-from optimkit.protocols import Array, GradientTransformation, Method, PyTree
+from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 
 
 class ScaleByLionState(NamedTuple):
@@ -67,7 +66,7 @@ def scale_by_lion(b1: Any = 0.9, b2: Any = 0.99, *, mu_dtype: Any = None) -> Gra
         updates, mu = map_leaves(step, updates, state.mu)
         return updates, ScaleByLionState(mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORD = Method(

@@ -14,7 +14,7 @@ from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, check_real
 from optimkit.matrices.engine import leaf_axes
 from optimkit.numerics import check_choice, compute_dtype, narrow
-from optimkit.protocols import GradientTransformation, MatrixAxes, Method, PyTree
+from optimkit.protocols import GradientTransformation, MatrixAxes, Method, PyTree, transformation
 
 SCALINGS = ("keller", "moonlight", "spectral", "none")
 
@@ -98,7 +98,7 @@ def scale_by_matrix_shape(
                 leaves[index] = narrow(factor * wide, jnp.result_type(leaf))
         return structure.unflatten(leaves), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORD = Method(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-import optax
 
 from optimkit.leaves import map_leaves, zero_count, zeros_like
 from optimkit.numerics import check_choice, check_range, next_count
-from optimkit.protocols import Array, GradientTransformation, Method, PyTree
+from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 
 
 class EmaMomentumState(NamedTuple):
@@ -91,7 +90,7 @@ def ema_momentum(
         updates, mu = map_leaves(step, updates, state.mu)
         return updates, EmaMomentumState(mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def dampened_trace(
@@ -157,7 +156,7 @@ def dampened_trace(
             return updates, DampenedTraceCopyState(next_count(state.count), trace)
         return updates, DampenedTraceState(trace)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 RECORDS = (

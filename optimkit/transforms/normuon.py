@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, check_real
 from optimkit.matrices.engine import leaf_axes
 from optimkit.numerics import check_range, compute_dtype, narrow, safe_norm, saturate
-from optimkit.protocols import Array, GradientTransformation, MatrixAxes, Method, PyTree
+from optimkit.protocols import (
+    Array,
+    GradientTransformation,
+    MatrixAxes,
+    Method,
+    PyTree,
+    transformation,
+)
 
 
 class ScaleByNormuonState(NamedTuple):
@@ -101,7 +107,7 @@ def scale_by_normuon(
         y = y * (norm / (scaled + eps))
         return narrow(y, jnp.result_type(leaf)), nu.astype(compute_dtype(leaf))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _zeros(param: Array, axes: MatrixAxes | None) -> Array:

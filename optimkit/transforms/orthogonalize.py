@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,7 +13,7 @@ from optimkit.leaves import check_match, check_real, narrow_like, widen
 from optimkit.matrices.engine import leaf_axes, map_matrices
 from optimkit.matrices.newton_schulz import KELLER, NsCoeffs, newton_schulz, ns_triples
 from optimkit.numerics import check_count, check_range
-from optimkit.protocols import GradientTransformation, Method, PyTree
+from optimkit.protocols import GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.momentum import ema_momentum
 
 
@@ -96,7 +95,7 @@ def orthogonalize_updates(
         axes = leaf_axes(updates, matrix_axes)
         return map_matrices(kernel, updates, axes, dtype=travel_dtype, bucket=bucket), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def scale_by_muon(

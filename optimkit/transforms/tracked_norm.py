@@ -10,6 +10,7 @@ from optimkit.leaves import map_leaves, scalars_like, zero_count
 from optimkit.numerics import (
     check_count,
     check_range,
+    in_turn,
     next_count,
     one_minus_power,
     safe_div,
@@ -101,8 +102,11 @@ def normalize_by_tracked_norm(
         mean_correction = one_minus_power(decay, tracker_count)
         square_correction = one_minus_power(b2, tracker_count)
 
+        norm: Array | None = None
+
         def step(g: Array, mean: Array, mean_square: Array) -> tuple[Array, Array, Array]:
-            g = saturate(g)
+            nonlocal norm
+            g = in_turn(saturate(g), norm)
             norm = jnp.sqrt(jnp.sum(jnp.square(g)))
             mean = decay * mean + (1 - decay) * norm
             mean_square = b2 * mean_square + (1 - b2) * jnp.square(norm)

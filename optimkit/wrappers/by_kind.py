@@ -18,6 +18,7 @@ from optimkit.protocols import (
     Method,
     PyTree,
     ScalarOrSchedule,
+    transformation,
 )
 from optimkit.transforms.adam import EPS_FORMS, scale_by_adam
 from optimkit.transforms.orthogonalize import scale_by_muon
@@ -113,7 +114,7 @@ def by_kind(
             check_match(updates, params, what="gradient", like="the parameters")
         return split(updates).update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def matrix_recipe(

@@ -12,7 +12,7 @@ import optax
 
 from optimkit.layout import matrix_axes, path_name
 from optimkit.leaves import check_match, check_real, require_params
-from optimkit.numerics import check_range, compute_dtype
+from optimkit.numerics import check_range, compute_dtype, narrow
 from optimkit.protocols import (
     Array,
     GradientTransformation,
@@ -20,7 +20,6 @@ from optimkit.protocols import (
     MatrixAxes,
     Method,
     PyTree,
-    Renewable,
     transformation,
 )
 from optimkit.transforms.adam import scale_by_adam
@@ -106,8 +105,7 @@ def project_radial(
     """
     check_range(delta=delta, weight_decay=weight_decay, wd_ratio=wd_ratio, ge=0)
     check_range(eps=eps, gt=0)
-    if not isinstance(inner, Renewable):
-        inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectRadialState:
         jax.tree_util.tree_map_with_path(  # an ambiguous layout shows before training starts
@@ -126,29 +124,29 @@ def project_radial(
         check_real(updates, "gradient")
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra)
 
-        def decide(path: Any, g: Array, w: Array, u: Array) -> tuple[Array, Array]:
+        def project(path: Any, g: Array, w: Array, u: Array, decayed: Any) -> Array:
             axes = channel_axes(path_name(path), w, channel_axis)
-            if axes is None:
-                return jnp.zeros((), compute_dtype(g, w)), jnp.ones((), compute_dtype(g, w))
-            wide = (x.astype(compute_dtype(g, w)) for x in (g, w, u))
-            settings = {"delta": delta, "eps": eps, "wd_ratio": wd_ratio}
-            decision = radial_decision(*wide, **settings, inputs=axes.inputs, outputs=axes.outputs)
-            return decision.factor, decision.ratio
-
-        decided = jax.tree_util.tree_map_with_path(decide, updates, params, directions)
-        if isinstance(inner, Renewable):
-            # The update is needed before and after the sums over it. Kept apart by the barrier, it
-            # is computed twice, where else it would be stored: 4 bytes a parameter.
-            decided, inner_state = jax.lax.optimization_barrier((decided, inner_state))
-            directions = inner.direction(updates, inner_state)
-
-        def project(u: Array, w: Array, decision: tuple[Array, Array], decayed: Any) -> Array:
-            factor, ratio = decision
-            wide = compute_dtype(u, w)
+            dtype, wide = u.dtype, compute_dtype(g, w)
+            g, w, u = g.astype(wide), w.astype(wide), u.astype(wide)
+            factor: Any = 0
+            ratio: Any = 1
+            if axes is not None:
+                factor, ratio, _ = radial_decision(
+                    g,
+                    w,
+                    u,
+                    delta=delta,
+                    eps=eps,
+                    wd_ratio=wd_ratio,
+                    inputs=axes.inputs,
+                    outputs=axes.outputs,
+                )
             decay = jnp.where(decayed, weight_decay * ratio, 0)
-            return (u.astype(wide) + (decay - factor) * w.astype(wide)).astype(u.dtype)
+            return narrow(u + (decay - factor) * w, dtype)
 
-        updates = jax.tree.map(project, directions, params, decided, decay_tree(mask, params))
+        updates = jax.tree_util.tree_map_with_path(
+            project, updates, params, directions, decay_tree(mask, params)
+        )
         return updates, ProjectRadialState(inner_state)
 
     return transformation(init, update)

@@ -47,7 +47,7 @@ class UpdateMathTest(chex.TestCase):
         np.testing.assert_allclose(updates, [1.0, -1.0], rtol=1e-5)
         chex.assert_shape([state.mu, state.nu], (2,))
         np.testing.assert_allclose(state.nu, [0.04, 0.0025], rtol=1e-5)
-        self.assertEqual(int(state.count), 1)
+        assert int(state.count) == 1
 
     @chex.all_variants
     def test_clip_by_tracked_max(self):
@@ -77,7 +77,7 @@ class UpdateMathTest(chex.TestCase):
             updates, state = self.variant(tx.update)(jnp.ones(1), state)
             out.append(float(updates[0]))
         # The second step forgets the first; the third remembers the second.
-        self.assertEqual(out, [1.0, 1.0, 1.5])
+        assert out == [1.0, 1.0, 1.5]
 
 
 class AgainstOptaxTest(parameterized.TestCase):

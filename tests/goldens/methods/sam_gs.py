@@ -12,7 +12,9 @@ from tests.goldens.golden import Golden, flatten
 
 def observe(golden: Golden, combined: Any, states: Any) -> dict[str, Any]:
     num_tasks = next(iter(golden.tree("task_grads").values())).shape[1]
-    clipped = jax.vmap(lambda g: clip_combined(jax.tree.map(lambda x: x * num_tasks, g), 1.0))(combined)
+    clipped = jax.vmap(lambda g: clip_combined(jax.tree.map(lambda x: x * num_tasks, g), 1.0))(
+        combined
+    )
     return {
         **{f"clipped/{name}": value for name, value in flatten(clipped).items()},
         "mean_similarity": states.metrics["task_similarity"],
