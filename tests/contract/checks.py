@@ -76,13 +76,14 @@ def _floating(x: Any) -> bool:
 
 def raises(call_it: Any, kinds: tuple[type[Exception], ...], *words: str) -> None:
     """Asserts that a call raises one of ``kinds`` with every word in its message."""
+    message = None
     try:
         call_it()
     except kinds as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, f"message {str(error)!r} lacks {missing}"
-        return
-    raise AssertionError(f"nothing was raised; expected {[k.__name__ for k in kinds]}")
+        message = str(error)
+    assert message is not None, f"nothing was raised; expected {[k.__name__ for k in kinds]}"
+    missing = [word for word in words if word not in message]
+    assert not missing, f"message {message!r} lacks {missing}"
 
 
 # -- state ------------------------------------------------------------------------------------

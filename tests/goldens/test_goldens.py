@@ -1,4 +1,4 @@
-"""Every recorded trajectory is reproduced; every array in it is compared, or excused with a reason."""
+"""Every recorded trajectory is reproduced, and every array in it compared or excused."""
 
 from __future__ import annotations
 

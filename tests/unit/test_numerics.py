@@ -118,7 +118,7 @@ def test_range_checks_skip_what_is_not_known_yet() -> None:
 def test_word_and_count_checks() -> None:
     with pytest.raises(ValueError, match="form must be one of 'a', 'b', got 'c'"):
         numerics.check_choice(("a", "b"), form="c")
-    with pytest.raises(ValueError, match="interval must be an integer >= 0, got 2.5"):
+    with pytest.raises(ValueError, match=r"interval must be an integer >= 0, got 2\.5"):
         numerics.check_count(interval=2.5)
     with pytest.raises(ValueError, match="rank must be an integer >= 1, got 0"):
         numerics.check_count(rank=0, least=1)

@@ -1,4 +1,4 @@
-"""What the authors' class writes beside the combined gradient: clipped, similarity, moment, branch."""
+"""What the authors' class writes beside the combined gradient."""
 
 from __future__ import annotations
 
