@@ -10,7 +10,7 @@ TEST_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 EIGHT_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: install demo test test-full test-lowest check goldens contract lint format clean
+.PHONY: install demo test test-full test-lowest goldens contract notebooks lint format clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ goldens: install
 
 contract: install
 	$(TEST_ENV) $(BIN)/python -m tests.contract
+
+# Executes every notebook from its .py source and keeps the outputs.
+notebooks: install
+	JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -32,6 +32,12 @@ def test_every_public_factory_has_a_record() -> None:
     assert public <= set(catalog.records()), public - set(catalog.records())
 
 
+def test_the_readme_names_every_method() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    missing = [name for name in catalog.records() if f"`{name}`" not in text]
+    assert not missing
+
+
 def test_records_name_real_arguments() -> None:
     for name, record in catalog.records().items():
         parameters = set(inspect.signature(record.factory).parameters)
