@@ -93,9 +93,10 @@ def stable_spam(
     Raises:
       ValueError: if an argument is out of range, or a gradient has another shape.
 
-    In style ``"reference"`` the clip is in effect off right after the first reset: its limit is
-    500 times too large at first and 1.6 times at the end of 1000 steps. It is the default because
-    every published number comes from that code; ``"paper"`` is the rule as meant. The trackers
+    In style ``"reference"`` the clip is in effect off right after the first reset: at D = 1000 the
+    limit jumps 316-fold and is still 1.6 times too large 1000 steps later. It is the default since
+    every published number comes from that code; ``"paper"`` is the rule as meant, did better in our
+    runs with spikes (``examples/demo.py``), and is what we recommend for new work. The trackers
     work on whole leaves, so a bias or a scale gets a gradient of norm about 1 too. They are never
     reset: a non-finite gradient poisons them for good, so put a guard around the optimizer.
 

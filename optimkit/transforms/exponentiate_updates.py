@@ -92,6 +92,7 @@ def _limits(update: Array) -> dict[str, float]:
 RECORD = Method(
     factory=exponentiate_updates,
     kind="piece",
+    exempt={"fidelity": "its recordings come with the method exponentiated gradient, not here yet"},
     summary="multiply weights by the exponential of the update",
     traced=("max_log_step",),
     static=("signed",),

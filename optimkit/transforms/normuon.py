@@ -121,6 +121,7 @@ def _zeros(param: Array, axes: MatrixAxes | None) -> Array:
 RECORD = Method(
     factory=scale_by_normuon,
     kind="piece",
+    exempt={"fidelity": "no trajectory of the authors' code has been recorded"},
     summary="equal steps for the output channels of a matrix",
     traced=("b2", "eps"),
     static=("matrix_axes",),

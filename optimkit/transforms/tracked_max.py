@@ -48,13 +48,14 @@ def clip_by_tracked_max(
         g_i \leftarrow \frac{g_i}{M} \hat T \;\text{ where } |g_i| > \hat T
 
     The mean takes the unclipped maximum. The rule is not monotone: in a spike an entry just above
-    the limit ends near zero, below entries that were not clipped; that is the authors' rule.
+    the limit ends near zero, below entries that were not clipped; that is the authors' rule. A
+    spike of 1000 times the usual doubles the limit at 0.999, so the clip rests for some hundred steps.
 
     Args:
       decay: gamma, in [0, 1). 0.999 is the authors' value.
       count_restart: restart the count of the bias correction after so many steps, as the published
-        class does at its momentum resets: the limit is then about 1/(1 - decay^2) = 500 times too
-        large right after a restart. Default: no restart.
+        class does at its momentum resets: right after a restart the limit is 1/(1 - decay^2) times
+        the mean, 500 times for 0.999. Default: no restart.
 
     Returns:
       A transformation that works on whole leaves, in any position before the moments. It keeps one

@@ -12,8 +12,8 @@ from absl.testing import parameterized
 
 import optimkit as ok
 from optimkit import multitask
-from optimkit.leaves import map_param_state
-from optimkit.multitask.tasks import check_tasks, narrow, over_pairs, pair_similarities
+from optimkit.leaves import map_param_state, narrow_like
+from optimkit.multitask.tasks import check_tasks, over_pairs, pair_similarities
 
 SIMILAR = jnp.array([[3.0, 4.0], [5.0, 0.0]])  # norms 5 and 5: similarity 1
 UNLIKE = jnp.array([[1.0, 0.0], [0.0, 3.0]])  # norms 1 and 3: similarity 6/10
@@ -90,7 +90,7 @@ class Helpers(chex.TestCase):
 
     def test_narrowing_keeps_finite_values_finite(self):
         wide = jnp.array([1e6, -1e6, jnp.inf, jnp.nan, 1.0])
-        narrowed = narrow(wide, jnp.zeros(5, jnp.float16))
+        narrowed = narrow_like(wide, jnp.zeros(5, jnp.float16))
         np.testing.assert_array_equal(narrowed, [65504, -65504, np.inf, np.nan, 1.0])
 
     def test_the_wrong_task_axis_is_named(self):
