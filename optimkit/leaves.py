@@ -16,7 +16,7 @@ import optax
 
 from optimkit.layout import named_leaves, path_name
 from optimkit.numerics import compute_dtype, narrow
-from optimkit.protocols import GradientTransformation, PyTree, transformation
+from optimkit.protocols import GradientTransformation, Mask, PyTree, transformation
 
 # ---------------------------------------------------------------------------------------------
 # Checks
@@ -195,6 +195,12 @@ def _shape_error(updates: PyTree, index: int, others: list[Any]) -> ValueError:
         f"gradient leaf {path_name(path)!r} has shape {np.shape(gradient)}, "
         f"but its parameter or state has {', '.join(map(str, shapes))}"
     )
+
+
+def decay_tree(mask: Mask, params: PyTree) -> PyTree:
+    """A decay mask in any of optax's forms as a full tree of bools: True = decayed."""
+    chosen = mask(params) if callable(mask) else True if mask is None else mask
+    return jax.tree.broadcast(chosen, params)
 
 
 # ---------------------------------------------------------------------------------------------

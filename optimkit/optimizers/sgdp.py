@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optimkit.layout import path_name
-from optimkit.leaves import recipe, zeros_like
+from optimkit.leaves import decay_tree, recipe, zeros_like
 from optimkit.numerics import check_range
 from optimkit.protocols import (
     Array,
@@ -21,7 +21,7 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.radial import radial_decision
-from optimkit.wrappers.radial import ChannelAxis, channel_axes, decay_tree
+from optimkit.wrappers.radial import ChannelAxis, channel_axes
 
 
 class ProjectedTraceState(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optimkit.leaves import check_match, map_leaves, require_params, zero_count
+from optimkit.leaves import check_match, decay_tree, map_leaves, require_params, zero_count
 from optimkit.numerics import check_range, next_count
 from optimkit.protocols import (
     Array,
@@ -74,10 +74,8 @@ def decay_after_step(
         params = require_params(params, "decay_after_step")
         check_match(updates, params, what="gradient", like="the parameters")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        decayed = mask(params) if callable(mask) else True if mask is None else mask
         shrink = jax.tree.map(
-            lambda chosen: rate * weight_decay if chosen else 0.0,
-            jax.tree.broadcast(decayed, params),
+            lambda decayed: rate * weight_decay if decayed else 0.0, decay_tree(mask, params)
         )
 
         def step(u: Array, w: Array, shrink: Any) -> Array:

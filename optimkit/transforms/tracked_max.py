@@ -49,7 +49,7 @@ def clip_by_tracked_max(
 
     The mean takes the unclipped maximum. The rule is not monotone: in a spike an entry just above
     the limit ends near zero, below entries that were not clipped; that is the authors' rule. A
-    spike of 1000 times the usual doubles the limit at 0.999, so the clip rests for some hundred steps.
+    spike of 1000 times the usual doubles the limit at 0.999, so the clip then rests for long.
 
     Args:
       decay: gamma, in [0, 1). 0.999 is the authors' value.

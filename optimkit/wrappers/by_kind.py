@@ -9,7 +9,7 @@ import optax
 
 from optimkit import layout
 from optimkit.layout import MatrixAxesOverride, is_hidden_matrix, named_leaves, select_leaves
-from optimkit.leaves import check_match, check_real, recipe
+from optimkit.leaves import check_match, check_real, decay_tree, recipe
 from optimkit.numerics import check_choice, check_range
 from optimkit.protocols import (
     GradientTransformation,
@@ -155,14 +155,9 @@ def matrix_recipe(
     def decayed(kind: bool) -> Any:
         def leaves(params: PyTree) -> PyTree:
             kinds = matrix_tree(params, matrix_leaves, matrix_axes)
-            if mask is None:
-                chosen: PyTree = jax.tree.map(lambda _: True, kinds)
-            else:
-                chosen = mask(params) if callable(mask) else mask
+            chosen = decay_tree(mask, params)
             return jax.tree.map(
-                lambda use, part: jax.tree.map(lambda k: bool(use) and k == kind, part),
-                chosen,
-                kinds,
+                lambda use, is_matrix: bool(use) and is_matrix == kind, chosen, kinds
             )
 
         return leaves

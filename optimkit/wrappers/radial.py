@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optimkit.layout import matrix_axes, path_name
-from optimkit.leaves import check_match, check_real, require_params
+from optimkit.leaves import check_match, check_real, decay_tree, require_params
 from optimkit.numerics import check_range, compute_dtype, narrow
 from optimkit.protocols import (
     Array,
@@ -45,13 +45,6 @@ def channel_axes(name: str, leaf: Any, channel_axis: ChannelAxis | None) -> Matr
     kept = (kept,) if isinstance(kept, int) else tuple(kept)
     outputs = tuple(sorted(axis % rank for axis in kept))
     return MatrixAxes((), tuple(a for a in range(rank) if a not in outputs), outputs)
-
-
-def decay_tree(mask: Mask, params: PyTree) -> PyTree:
-    """The decay mask as a tree of bools: True = decayed."""
-    if mask is None:
-        return jax.tree.map(lambda _: True, params)
-    return mask(params) if callable(mask) else mask
 
 
 def project_radial(
