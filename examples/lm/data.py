@@ -24,6 +24,7 @@ class Text:
       batch_size: sequences in a batch.
       seed: chooses the order of the batches.
       source: one line that says which text this is, with its hash.
+      digest: the hash of the whole text.
     """
 
     train: np.ndarray
@@ -32,6 +33,7 @@ class Text:
     batch_size: int
     seed: int
     source: str
+    digest: str
 
     def batch(self, step: int) -> np.ndarray:
         """Training batch ``step``: int32 ``(batch_size, seq_len + 1)`` at random places."""
@@ -68,8 +70,9 @@ def python_manual(*, seq_len: int, batch_size: int, seed: int) -> Text:
             f"got {seq_len} and {batch_size}"
         )
     data = np.frombuffer(joined, np.uint8)
+    digest = hashlib.sha256(joined).hexdigest()[:16]
     source = (
         f"pydoc_data.topics of CPython {platform.python_version()}: {len(topics.topics)} topics, "
-        f"{len(joined):,} bytes, sha256 {hashlib.sha256(joined).hexdigest()[:16]}"
+        f"{len(joined):,} bytes, sha256 {digest}"
     )
-    return Text(data[:split], data[split:], seq_len, batch_size, seed, source)
+    return Text(data[:split], data[split:], seq_len, batch_size, seed, source, digest)

@@ -116,24 +116,34 @@ class ProgressBar(Hook):
 
 
 class CsvLog(Hook):
-    """Writes ``metrics.csv``, a line a step, flushed, so that a crash loses nothing."""
+    """Writes ``metrics.csv``, a line a step, flushed, so that a crash loses nothing.
+
+    A resumed run starts with the rows it had: later ones, of steps that are made again, go.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.csv"
 
     def start(self, trainer: Trainer) -> None:
-        """Creates the file and its header."""
+        """Creates the file with its header and the rows so far."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", newline="", encoding="utf-8")
+        unfinished = self.path.with_suffix(".csv.new")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(Row._fields)
+            writer.writerows(self._cells(row) for row in trainer.history.rows)
+        unfinished.replace(self.path)  # at no moment is there less in it than there was
+        self.file = self.path.open("a", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file)
-        self.writer.writerow(Row._fields)
 
     def step(self, trainer: Trainer, row: Row) -> None:
         """Writes one line; an unmeasured validation loss is an empty cell."""
-        self.writer.writerow(
-            "" if math.isnan(x) and f == "val_loss" else x for f, x in row._asdict().items()
-        )
+        self.writer.writerow(self._cells(row))
         self.file.flush()
+
+    @staticmethod
+    def _cells(row: Row) -> list[object]:
+        return ["" if math.isnan(x) and f == "val_loss" else x for f, x in row._asdict().items()]
 
     def finish(self, trainer: Trainer) -> None:
         """Closes the file."""
@@ -148,7 +158,11 @@ class TensorBoardLog(Hook):
             module: Any = importlib.import_module("tensorboardX")
         except ImportError:
             raise ValueError("needs tensorboardX: pip install tensorboardX") from None
-        self.writer = module.SummaryWriter(str(folder))
+        self.make = lambda step: module.SummaryWriter(str(folder), purge_step=step + 1)
+
+    def start(self, trainer: Trainer) -> None:
+        """Opens the log; points of steps that are made again are hidden."""
+        self.writer = self.make(trainer.step)
 
     def step(self, trainer: Trainer, row: Row) -> None:
         """Writes one point a field."""

@@ -4,20 +4,22 @@ r"""Trains the byte-level language model with any optimizer and any schedule of 
         --learning_rate=3e-3 --schedule=wsd_schedule \
         --schedule_args="warmup_steps=20,stable_steps=220,decay_steps=60" --steps=300
 
-``--optimizer=adamw`` is optax's AdamW, the baseline. From Python: ``run(Config(steps=100))``.
+``--optimizer=adamw`` is optax's AdamW, the baseline. A run with ``--out=FOLDER
+--checkpoint_every=50`` can be stopped or killed, and gone on with by the same command with
+``--resume``. From Python: ``run(Config(steps=100))``.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
 import inspect
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,20 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from examples.lm import report
+from examples.lm.checkpoints import CheckpointHook, Resume, Stopped, checkpoints_of
+from examples.lm.config import (
+    Config,
+    ConfigError,
+    DivergedError,
+    command,
+    config_from_flags,
+    define_flags,
+    parse_keywords,
+    settings,
+)
 from examples.lm.data import python_manual
 from examples.lm.model import LanguageModel, Linear, ModelConfig
+from examples.lm.spikes import spike_gradients
 from optimkit import catalog
 
 # ---------------------------------------------------------------------------------------------
@@ -39,72 +53,9 @@ from optimkit import catalog
 # ---------------------------------------------------------------------------------------------
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One run. Every field is a flag of the same name; ``--help`` prints what they mean."""
-
-    optimizer: str = _option("adamw", "a recipe of the catalog, or adamw for optax's")
-    opt_args: str = _option("", "its other keywords, such as weight_decay=0.1,b2=0.95")
-    learning_rate: float = _option(3e-3, "the rate, or the peak of the schedule")
-    schedule: str = _option("constant", "a schedule of the catalog, or constant")
-    schedule_args: str = _option("", "its keywords; the first one is --learning_rate if not given")
-    steps: int = _option(300, "updates")
-    batch_size: int = _option(16, "sequences a batch, over all devices")
-    seq_len: int = _option(128, "bytes a sequence")
-    seed: int = _option(0, "chooses the initial weights and the order of the batches")
-    mesh: str = _option("data=1", "devices to spread each batch over, such as data=2")
-    width: int = _option(128, "length of the residual stream")
-    depth: int = _option(4, "blocks")
-    heads: int = _option(4, "attention heads")
-    val_every: int = _option(50, "steps between validations; the last step has one in any case")
-    out: str = _option("", "folder for metrics.csv and curves.png; nothing is written without it")
-    tensorboard: bool = _option(False, "also write TensorBoard scalars into --out")
-
-
-class ConfigError(ValueError):
-    """A setting is wrong; the message is one sentence that says which and what to write."""
-
-
-class DivergedError(FloatingPointError):
-    """The loss is no longer a finite number."""
-
-
-@contextlib.contextmanager
-def _settings(where: str) -> Iterator[None]:
-    """Turns what a factory says about its arguments into one sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error.args[0] if error.args else error}") from error
-
-
-def parse_keywords(text: str) -> dict[str, Any]:
-    """Reads ``"a=1,b='x',c=(1, 2)"``. Values are Python literals; nothing is evaluated.
-
-    Raises:
-      ValueError: if it is anything else.
-    """
-    try:
-        call = ast.parse(f"dict({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError("not a list of keywords")
-        if any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("two stars")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, TypeError, ValueError):
-        raise ValueError(
-            f"cannot read {text!r}; write keywords with plain values, and text in quotes, such as "
-            "weight_decay=0.1,decay='linear'"
-        ) from None
-
-
 def build_schedule(config: Config) -> optax.Schedule:
     """The schedule by its name; its first argument, the peak, is the learning rate if not given."""
-    with _settings("--schedule"):
+    with settings("--schedule"):
         keywords = parse_keywords(config.schedule_args)
         if config.schedule == "constant":
             if keywords:
@@ -117,7 +68,7 @@ def build_schedule(config: Config) -> optax.Schedule:
 
 def build_optimizer(config: Config, rate: Any) -> optax.GradientTransformationExtraArgs:
     """The optimizer by its name, at a rate or a schedule."""
-    with _settings("--optimizer"):
+    with settings("--optimizer"):
         keywords = parse_keywords(config.opt_args)
         if config.optimizer == "adamw":
             factory: Callable[..., Any] = optax.adamw
@@ -137,7 +88,7 @@ def build_optimizer(config: Config, rate: Any) -> optax.GradientTransformationEx
 
 def build_mesh(config: Config) -> jax.sharding.Mesh:
     """A mesh with one axis, ``data``, over the first devices."""
-    with _settings("--mesh"):
+    with settings("--mesh"):
         sizes = parse_keywords(config.mesh)
         if list(sizes) != ["data"] or not isinstance(sizes["data"], int) or sizes["data"] < 1:
             raise ValueError(f"write data=N with N devices, got {config.mesh!r}")
@@ -213,11 +164,16 @@ class Trainer:
         self.config = config
         self.hooks = tuple(hooks)
         self.schedule = build_schedule(config)
-        self.tx = optax.with_extra_args_support(tx or build_optimizer(config, self.schedule))
+        tx = tx or build_optimizer(config, self.schedule)
+        if config.spike_rate:
+            with settings("--spike_rate"):
+                spikes = spike_gradients(config.spike_rate, config.spike_factor, config.spike_seed)
+            tx = optax.chain(spikes, tx)
+        self.tx = optax.with_extra_args_support(tx)
         mesh = build_mesh(config)
         replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
-        with _settings("settings"):
+        with settings("settings"):
             if min(config.steps, config.val_every) < 1:
                 raise ValueError("--steps and --val_every must be at least 1")
             self.data = python_manual(
@@ -231,7 +187,7 @@ class Trainer:
         self.train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=replicated)
         self.eval_step = jax.jit(eval_step)
         self.params = jax.device_put(params, replicated)
-        with _settings("--opt_args"):
+        with settings("--opt_args"):
             self.opt_state = jax.jit(self.tx.init, out_shardings=replicated)(self.params)
         self.step = 0
         self.history = report.History(
@@ -309,45 +265,35 @@ def run(config: Config, hooks: Sequence[report.Hook] = (), **kwargs: Any) -> rep
 # Command line
 # ---------------------------------------------------------------------------------------------
 
-_DEFINE = {
-    "str": flags.DEFINE_string,
-    "int": flags.DEFINE_integer,
-    "float": flags.DEFINE_float,
-    "bool": flags.DEFINE_boolean,
-}
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one flag for every field of ``Config``."""
-    for field in dataclasses.fields(Config):
-        _DEFINE[str(field.type)](
-            field.name, field.default, field.metadata["help"], flag_values=values
-        )
-
-
-def config_from_flags(values: flags.FlagValues) -> Config:
-    """The settings that the flags hold."""
-    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
-
 
 def standard_hooks(config: Config) -> list[report.Hook]:
     """What the command line shows and writes."""
-    hooks: list[report.Hook] = [report.ProgressBar(config.optimizer)]
+    hooks: list[report.Hook] = []
+    if config.resume:
+        with settings("--resume"):
+            hooks.append(Resume(checkpoints_of(config)))
+    hooks.append(report.ProgressBar(config.optimizer))
     if config.out:
         hooks += [report.CsvLog(Path(config.out)), report.Curves(Path(config.out))]
     if config.tensorboard:
-        with _settings("--tensorboard"):
+        with settings("--tensorboard"):
             hooks.append(report.TensorBoardLog(Path(config.out or "out")))
+    if config.checkpoint_every:
+        with settings("--checkpoint_every"):
+            hooks.append(CheckpointHook(checkpoints_of(config), config.checkpoint_every))
     return hooks
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains as the flags say. Exit status 2: a wrong setting; 1: the loss was not finite."""
+    """Trains as the flags say.
+
+    Exit status 2: a wrong setting; 1: the loss was not finite; 128 + the signal: stopped by it.
+    """
     logging.set_verbosity(logging.WARNING)  # no notes about backends that are not there
+    config = config_from_flags(flags.FLAGS)
     try:
         if argv[1:]:
             raise ConfigError(f"every setting is a --flag=value, got {list(argv[1:])}")
-        config = config_from_flags(flags.FLAGS)
         trainer = Trainer(config, standard_hooks(config))
         print(trainer.data.source)
         print(trainer.title, flush=True)
@@ -355,6 +301,13 @@ def main(argv: Sequence[str]) -> None:
     except (ConfigError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except Stopped as stop:
+        again = command(dataclasses.replace(config, resume=True))
+        print(f"{stop}, which is saved; go on with\n    {again}")
+        sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:
+        print("stopped; nothing was saved: that needs --out and --checkpoint_every")
+        sys.exit(128 + signal.SIGINT)
     print(
         f"final training loss {history.final_loss:.4f}, validation loss {history.val_loss:.4f} "
         f"nats a byte; median step {1e3 * history.step_time:.1f} ms; optimizer "

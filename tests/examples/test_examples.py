@@ -1,9 +1,6 @@
 import csv
 import dataclasses
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples import demo, linen_digits
+from examples import compare, linen_digits
 from examples.lm import report
 from examples.lm.data import python_manual
 from examples.lm.model import LanguageModel, ModelConfig
 from examples.lm.train import (
-    Config,
     ConfigError,
     DivergedError,
     Trainer,
@@ -25,28 +21,9 @@ from examples.lm.train import (
     standard_hooks,
 )
 from optimkit import layout
+from tests.examples.helpers import SMALL, run_python, small
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = Config(
-    steps=12, batch_size=4, seq_len=32, width=32, depth=1, heads=2, val_every=5, learning_rate=1e-2
-)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def small(**changes):
-    return dataclasses.replace(SMALL, **changes)
-
-
-def run_python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -307,18 +284,18 @@ def test_the_digits_are_learned():
     assert accuracy > 0.9
 
 
-def test_the_demo_uses_the_best_rates_of_its_table():
-    for entry in demo.ENTRIES:
+def test_the_comparison_uses_the_best_rates_of_its_table():
+    for entry in compare.ENTRIES:
         assert len(entry.tried) >= 3
         losses = [entry.tried[rate] for rate in sorted(entry.tried)]
         assert min(losses) < min(losses[0], losses[-1]), f"{entry.optimizer}: best at the edge"
 
 
-def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path):
-    done = run_python("-m", "examples.demo", "--steps=4", f"--out={tmp_path}")
+def test_the_comparison_prints_its_table_and_draws_its_picture(tmp_path):
+    done = run_python("-m", "examples.compare", "--steps=4", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    for entry in demo.ENTRIES:
+    for entry in compare.ENTRIES:
         assert f"{entry.label:<13} step 4/4" in done.stdout
     assert "bytes/param" in done.stdout
-    assert str(tmp_path / "demo.png") in done.stdout
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "compare.png") in done.stdout
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
