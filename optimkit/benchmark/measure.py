@@ -69,8 +69,14 @@ def temporary_bytes(step: Step) -> int:
     return step.compiled.memory_analysis().temp_size_in_bytes
 
 
-def time_together(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each step, measured in turns, so that drift meets all alike."""
+def time_together(
+    steps: dict[str, Step], rounds: int = 15
+) -> tuple[dict[str, float], dict[str, Step]]:
+    """Median seconds of each step, measured in turns, so that drift meets all alike.
+
+    Returns:
+      The seconds by name, and the steps with the buffers that they ended with.
+    """
     steps = {name: step.run() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -78,4 +84,4 @@ def time_together(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
             started = time.perf_counter()
             steps[name] = step.run()
             seconds[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    return {name: float(np.median(values)) for name, values in seconds.items()}, steps

@@ -158,7 +158,7 @@ RECORD = Method(
     communication="reduce",
     response="bounded",
     state_bytes=8,
-    moved_bytes=28,
+    moved_bytes=36,  # 28, and gradient and parameter once more for the cosine
     paper='Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on '
     'Scale-invariant Weights", ICLR 2021, arXiv 2006.08217',
     reference="clovaai/AdamP@7f6f0383ff6ad3839d5c7f79f1db0a44c5a12fdb:adamp/adamp.py",
