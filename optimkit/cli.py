@@ -8,12 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from optimkit import __version__, catalog
+from optimkit.protocols import Method
+
+
+def summary(record: Method) -> str:
+    """A record's one line, marked where a primary source could not be read in full."""
+    return record.summary + (" (provisional)" if record.status == "provisional" else "")
 
 
 def list_methods(args: argparse.Namespace) -> int:
     """Prints one line a method."""
     rows = [
-        (name, record.kind, f"{record.state_bytes:g}", record.communication, record.summary)
+        (name, record.kind, f"{record.state_bytes:g}", record.communication, summary(record))
         for name, record in catalog.records(args.kind).items()
     ]
     header = ("name", "kind", "B/param", "traffic", "what it does")
@@ -39,10 +45,11 @@ def show(args: argparse.Namespace) -> int:
         "paper": record.paper or "-",
         "reference": record.reference or "-",
         "licence of the reference": record.licence or "none found",
+        **{f"exempt from {rule}": reason for rule, reason in record.exempt.items()},
     }
     print()
     for fact, value in facts.items():
-        print(f"{fact:>25}: {value}")
+        print(f"{fact:>26}: {value}")
     return 0
 
 
