@@ -156,6 +156,7 @@ RECORDS = (
         static=("budgets", "decay_fraction", "warmup_steps", "rewarmup_fraction", "decay"),
         paper=_PAPER,
         reference=_REFERENCE,
+        licence="Apache-2.0",
     ),
     Method(
         factory=cyclic_cosine_schedule,
@@ -166,5 +167,6 @@ RECORDS = (
         static=("budgets", "warmup_steps"),
         paper=_PAPER,
         reference=_REFERENCE,
+        licence="Apache-2.0",
     ),
 )

@@ -99,6 +99,7 @@ RECORDS = (
         paper='Li et al., "Budgeted Training: Rethinking Deep Neural Network Training Under '
         'Resource Constraints", ICLR 2020, arXiv 1905.04753',
         reference="transformers:optimization.py:get_linear_schedule_with_warmup",
+        licence="Apache-2.0",
     ),
     Method(
         factory=scale_schedule,

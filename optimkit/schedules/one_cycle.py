@@ -95,4 +95,5 @@ RECORD = Method(
     paper='Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large '
     'Learning Rates", 2017, arXiv 1708.07120',
     reference="torch 2.13:torch/optim/lr_scheduler.py:OneCycleLR",
+    licence="BSD-3-Clause",
 )

@@ -165,6 +165,7 @@ RECORDS = (
         ),
         paper=_PAPER,
         reference="kozistr/pytorch_optimizer 4.1.0:lr_scheduler/rex.py:REXScheduler",
+        licence="Apache-2.0",
     ),
     Method(
         factory=profile_schedule,

@@ -239,6 +239,7 @@ RECORDS = (
         paper=_PAPER,
         reference="epfml/schedules-and-scaling@17e78d600a7054bc6609a5ca6d050d141d4ad79e:"
         "src/optim/utils.py:wsd_schedule",
+        licence="MIT",
     ),
     Method(
         factory=wsdc_schedule,
