@@ -90,7 +90,7 @@ def map_matrices(
 def _to_stack(leaf: Array, axes: MatrixAxes, dtype: Any) -> Array:
     """A leaf as (batch, m, n) with m <= n, cast, and whole on every device."""
     batch, inputs, outputs = matrix_shape(leaf.shape, axes)
-    whole = _gather(narrow(leaf, dtype))
+    whole = gather(narrow(leaf, dtype))
     stack = jnp.transpose(whole, (*axes.batch, *axes.inputs, *axes.outputs))
     stack = jnp.reshape(stack, (batch, inputs, outputs))
     return jnp.swapaxes(stack, 1, 2) if inputs > outputs else stack
@@ -123,7 +123,7 @@ def _explicit_axes(mesh: Any) -> tuple[str, ...]:
     )
 
 
-def _gather(x: Array) -> Array:
+def gather(x: Array) -> Array:
     """The whole array on every device: axes of a sharded one can be neither merged nor joined."""
     mesh = jax.typeof(x).sharding.mesh
     return jax.reshard(x, NamedSharding(mesh, P())) if _explicit_axes(mesh) else x

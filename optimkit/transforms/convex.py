@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optimkit.matrices.engine import map_matrices
+from optimkit.matrices.engine import gather, map_matrices
 from optimkit.matrices.newton_schulz import NS_COEFFS, newton_schulz
 from optimkit.numerics import max_abs, safe_div, safe_norm
 from optimkit.protocols import Array, MatrixAxes
@@ -187,18 +186,11 @@ def linf() -> Kappa:
     return Kappa(_largest, subgradient, _zero, _total(jnp.abs))
 
 
-def _whole(x: Array) -> Array:
-    """The array on every device, where its type says that it is sharded; top_k needs it so."""
-    mesh = jax.typeof(x).sharding.mesh
-    explicit = any(kind == AxisType.Explicit for kind in mesh.axis_types)
-    return jax.reshard(x, NamedSharding(mesh, PartitionSpec())) if explicit else x
-
-
 def top_k(k: int) -> Kappa:
     """The sum of the k largest |x| of each leaf."""
 
     def largest(x: Array) -> Array:
-        return jax.lax.top_k(jnp.ravel(_whole(jnp.abs(x))), min(k, x.size))[0]
+        return jax.lax.top_k(jnp.ravel(gather(jnp.abs(x))), min(k, x.size))[0]
 
     def subgradient(x: Array) -> Array:
         if x.size == 0:

@@ -8,18 +8,13 @@ from optimkit import catalog
 from optimkit.protocols import RULES, Method
 from tests.contract.checks import CHECKS, run_check
 from tests.contract.trees import DTYPES
+from tests.exempt import marks_of
 
 METHODS = {
     name: record
     for name, record in catalog.records().items()
     if record.kind in ("recipe", "piece", "wrapper")
 }
-
-
-def marks_of(record: Method, rule: str, dtype: str) -> list[pytest.MarkDecorator]:
-    """A strict expected failure where the record exempts itself from the rule, with its reason."""
-    reason = record.exempt.get(rule) or record.exempt.get(f"{rule}:{dtype}")
-    return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
 
 
 CASES = [

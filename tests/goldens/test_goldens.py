@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from optimkit import catalog
+from tests.exempt import marks_of
 from tests.goldens import adapters
 from tests.goldens.golden import FOLDER, DamagedGolden, all_goldens, load, resolve
 
@@ -54,14 +55,9 @@ FIDELITY_CASES = tuple(
 )
 
 
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    """A strict expected failure where the record says that there is no recording, and why."""
-    reason = catalog.find(name).exempt.get("fidelity")
-    return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks_of(name)) for name in FIDELITY_CASES]
+    "name",
+    [pytest.param(name, marks=marks_of(catalog.find(name), "fidelity")) for name in FIDELITY_CASES],
 )
 def test_method_has_a_golden(name: str) -> None:
     method = COVERED_BY.get(name, name)

@@ -18,6 +18,7 @@ from optimkit import catalog
 from optimkit.layout import named_leaves
 from optimkit.leaves import map_param_state
 from optimkit.protocols import Method
+from tests.contract.checks import call
 
 SHARDING_CASES = {
     name: record
@@ -80,11 +81,6 @@ def make_mesh(kind: AxisType) -> jax.sharding.Mesh:
 
 def place(tree: Any, mesh: jax.sharding.Mesh, placement: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, placement)
-
-
-def call(record: Method, tx: Any, grads: Any, state: Any, params: Any) -> Any:
-    extras = record.extras(params, grads) if record.extras else {}
-    return tx.update(grads, state, params, **extras)
 
 
 def stepper(record: Method) -> tuple[Any, Any, list[int]]:

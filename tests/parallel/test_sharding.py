@@ -7,6 +7,7 @@ import pytest
 
 from optimkit.protocols import Method
 from tests.contract.probes import MESH_PROBE
+from tests.exempt import marks_of
 from tests.parallel import cases
 
 pytestmark = pytest.mark.skipif(
@@ -14,13 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 RECORDS = [
-    pytest.param(
-        record,
-        id=name,
-        marks=[pytest.mark.xfail(reason=record.exempt["sharding"], strict=True)]
-        if "sharding" in record.exempt
-        else [],
-    )
+    pytest.param(record, id=name, marks=marks_of(record, "sharding"))
     for name, record in cases.SHARDING_CASES.items()
 ]
 
