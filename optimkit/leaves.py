@@ -6,8 +6,10 @@ better and handing every array back in the dtype in which it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ import numpy as np
 import optax
 
 from optimkit.layout import named_leaves, path_name
-from optimkit.numerics import compute_dtype, narrow
-from optimkit.protocols import GradientTransformation, Mask, PyTree, transformation
+from optimkit.numerics import compute_dtype, in_turn, narrow, turn_after
+from optimkit.protocols import Array, GradientTransformation, Mask, PyTree, transformation
 
 # ---------------------------------------------------------------------------------------------
 # Checks
@@ -43,22 +45,48 @@ def check_match(tree: PyTree, reference: PyTree, *, what: str, like: str) -> Non
 
     A gradient of shape (1, 3) for a parameter of shape (2, 3) would broadcast in silence.
     """
-    structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
-    if structure != expected:
-        have = dict(named_leaves(tree))
-        want = dict(named_leaves(reference))
-        missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-        if missing or extra:
-            detail = f"missing leaves {missing}, unexpected leaves {extra}"
-        else:
-            detail = f"{structure} against {expected}"
-        raise ValueError(f"{what} and {like} are different trees: {detail}")
+    check_structure(tree, reference, what=what, like=like)
     for path, (leaf, wanted) in _paired(tree, reference):
         if np.shape(leaf) != np.shape(wanted):
             raise ValueError(
                 f"{what} leaf {path_name(path)!r} has shape {np.shape(leaf)}, "
                 f"but {like} has {np.shape(wanted)}"
             )
+
+
+def check_structure(tree: PyTree, reference: PyTree, *, what: str, like: str) -> None:
+    """Raises unless two trees have the same structure; names the leaves that differ."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
+    if structure == expected:
+        return
+    have, want = dict(named_leaves(tree)), dict(named_leaves(reference))
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    if missing or extra:
+        detail = f"missing leaves {missing}, unexpected leaves {extra}"
+    else:
+        detail = f"{structure} against {expected}"
+    raise ValueError(f"{what} and {like} are different trees: {detail}")
+
+
+def matching_leaves(tree: PyTree, updates: PyTree, *, what: str) -> PyTree:
+    """A tree that came as an extra argument, without the leaves that a mask took from the updates.
+
+    ``optax.masked`` and ``optax.partition`` hide leaves of the updates, but hand extra arguments on
+    as they are.
+
+    Raises:
+      ValueError: if what is left is another tree than the updates.
+    """
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
+        tree = jax.tree.map(
+            lambda u, leaf: u if is_masked(u) else leaf, updates, tree, is_leaf=is_masked
+        )
+    check_match(tree, updates, what=what, like="the gradient")
+    return tree
 
 
 def _paired(tree: PyTree, reference: PyTree) -> list[tuple[Any, tuple[Any, Any]]]:
@@ -120,13 +148,72 @@ def map_param_state(
     )
 
 
+def moment_paths(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree) -> PyTree:
+    """Which arrays of a state are kept for every entry of a parameter, and in which field.
+
+    Args:
+      init: the transformation's ``init``; it is run on a placeholder.
+      state: the state to look at, of arrays or of their shapes.
+      params: the parameters, or a tree of the same names and shapes.
+
+    Returns:
+      A tree like ``state``: for a floating-point array that stands in a parameter's place and has
+      its shape, the path of the field that holds it (``"0/mu"``); the empty string for all else.
+    """
+    shapes = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
+
+    def owner(name: str, leaf: Any) -> str:
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return name if floating and np.shape(leaf) == shapes.get(name) else ""
+
+    def field(path: Any, name: str) -> str:
+        whole = path_name(path)
+        inside = "" if name == path_name(()) else "/" + name
+        return whole.removesuffix(inside) if name else ""
+
+    owners = map_param_state(init, owner, lambda leaf: "", state)
+    return jax.tree_util.tree_map_with_path(field, owners)
+
+
 # ---------------------------------------------------------------------------------------------
 # Steps
 # ---------------------------------------------------------------------------------------------
 
 
+class Storage(Protocol):
+    """How a wrapper keeps states otherwise than a step sees them; see ``stored_by``."""
+
+    def decode(self, state: Any, turn: Array | None) -> Any:
+        """A state for the step, made once ``turn`` is known; what it does not know, it returns."""
+        ...
+
+    def encode(self, old: Any, new: Array) -> Array | None:
+        """Keeps a renewed state; returns what the next leaf waits for, if it knows ``old``."""
+        ...
+
+
+_storage: contextvars.ContextVar[Storage | None] = contextvars.ContextVar("storage", default=None)
+
+
+@contextlib.contextmanager
+def stored_by(storage: Storage) -> Iterator[None]:
+    """Within it, ``map_leaves`` decodes and encodes states leaf by leaf, as their turn comes.
+
+    So a wrapper that keeps states in fewer bits needs the fresh ones of one leaf at a time only.
+    """
+    token = _storage.set(storage)
+    try:
+        yield
+    finally:
+        _storage.reset(token)
+
+
 def map_leaves(
-    step: Callable[..., Any], updates: PyTree, *states: PyTree, reads: tuple[PyTree, ...] = ()
+    step: Callable[..., Any],
+    updates: PyTree,
+    *states: PyTree,
+    reads: tuple[PyTree, ...] = (),
+    take_turns: bool = True,
 ) -> Any:
     """Applies one method's rule to every leaf.
 
@@ -139,6 +226,8 @@ def map_leaves(
       updates: the incoming gradients or updates.
       *states: trees like ``updates`` that the rule reads and renews.
       reads: trees like ``updates`` that the rule only reads.
+      take_turns: let each large leaf wait on CPUs for the state of the one before (``in_turn``).
+        False: an earlier link does so already.
 
     Returns:
       ``(updates, *states)``, or ``updates`` alone when there are no states.
@@ -158,11 +247,15 @@ def map_leaves(
             check_match(updates, tree, what="gradient", like=like)
             raise
     results = []
+    turn: Array | None = None
+    storage = _storage.get()
     for index, gradient in enumerate(flat):
         dtype = compute_dtype(gradient)
         others = [column[index] for column in columns]
         _check_shapes(updates, index, gradient, others)
-        out = step(jnp.asarray(gradient, dtype), *(_widen(x, dtype) for x in others))
+        entry = in_turn(jnp.asarray(gradient, dtype), turn)
+        seen = others if storage is None else [storage.decode(x, turn) for x in others]
+        out = step(entry, *(_widen(x, dtype) for x in seen))
         out = out if isinstance(out, tuple) else (out,)
         kept = (gradient, *others[: len(states)])
         if any(np.shape(new) != np.shape(old) for new, old in zip(out, kept, strict=True)):
@@ -170,6 +263,12 @@ def map_leaves(
         results.append(
             tuple(narrow(new, jnp.result_type(old)) for new, old in zip(out, kept, strict=True))
         )
+        last = out[-1]
+        if storage is not None:
+            for old, new in zip(kept[1:], results[-1][1:], strict=True):
+                made = storage.encode(old, new)
+                last = last if made is None else made
+        turn = turn_after(last, turn) if states and take_turns else None
     trees = tuple(structure.unflatten(column) for column in zip(*results, strict=True)) or (
         updates,
         *states,
@@ -198,9 +297,29 @@ def _shape_error(updates: PyTree, index: int, others: list[Any]) -> ValueError:
 
 
 def decay_tree(mask: Mask, params: PyTree) -> PyTree:
-    """A decay mask in any of optax's forms as a full tree of bools: True = decayed."""
+    """A decay mask in any of optax's forms as a full tree of bools: True = decayed.
+
+    Raises:
+      ValueError: unless the mask, or what it returns, is a tree of bools like the parameters or a
+        prefix of one.
+    """
     chosen = mask(params) if callable(mask) else True if mask is None else mask
-    return jax.tree.broadcast(chosen, params)
+    wrong = [leaf for leaf in jax.tree.leaves(chosen) if np.shape(leaf) or not _is_flag(leaf)]
+    if wrong:
+        raise ValueError(f"mask must hold bools, True = decayed, got {wrong[0]!r}")
+    try:
+        return jax.tree.broadcast(chosen, params)
+    except ValueError:
+        have, want = dict(named_leaves(chosen)), dict(named_leaves(params))
+        raise ValueError(
+            "mask must be a tree of bools like the parameters, or a prefix of one: it has the "
+            f"leaves {sorted(have)}, the parameters have {sorted(want)}"
+        ) from None
+
+
+def _is_flag(leaf: Any) -> bool:
+    # 0 and 1 will do.
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.bool_) or isinstance(leaf, int)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ and never let a sum of squares overflow where the norm itself would not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,12 @@ def narrow(x: Array, dtype: Any) -> Array:
     if float(jnp.finfo(x.dtype).max) > largest:
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
     return x.astype(dtype)
+
+
+def no_wider(new: Array, gradient: Array, param: Array) -> Array:
+    """An update in the dtype of gradient and parameter, where wide moments have widened it."""
+    limit = jnp.result_type(gradient, param)
+    return narrow(new, limit) if jnp.finfo(new.dtype).bits > jnp.finfo(limit).bits else new
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,15 +157,98 @@ def tree_norm(tree: PyTree) -> Array:
     return safe_norm(jnp.stack(norms)) if norms else jnp.zeros((), jnp.float32)
 
 
-def in_turn(x: Array, previous: Array | None) -> Array:
-    """``x``, made to wait until ``previous``, a scalar >= 0 of another leaf, is known.
+def sums_together(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    """Sums of several arrays of one shape over the same axes, which stay with size 1, in one pass.
 
-    A leaf that is reduced and then used again is stored in between. XLA's schedule for CPUs would
-    store all leaves at once, 4 bytes a parameter; in turn, they share the memory of one or two. The
-    select is always the second branch, which the compiler cannot know, and fuses into what reads
-    it. (``lax.optimization_barrier`` is gone by the time that memory is assigned.)
+    XLA makes every ``jnp.sum`` on a CPU a pass of its own, over arrays that must be stored for it.
+    There, all arrays are first added eight entries at a time, in one loop that also computes them
+    and that the compiler can unroll and vectorise.
     """
-    return x if previous is None else jnp.where(previous < 0, previous.astype(x.dtype), x)
+    shape = arrays[0].shape
+    fits = [axis for axis in axes if shape[axis] >= 64 and shape[axis] % 8 == 0]
+    if not fits or _is_sharded(arrays[0]):
+        return _sums_apart(arrays, axes)
+    split = min(fits)
+    if len(arrays) == 1 and shape[split] % 16 == 0:
+        # The sum of one array would be joined with the one after it, and handed to the library.
+        return [sum(_sums_by_eights(tuple(jnp.split(arrays[0], 2, split)), axes, split))]
+    return list(_sums_by_eights(tuple(arrays), axes, split))
+
+
+def _sums_apart(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    return [jnp.sum(x, axis=axes, keepdims=True) for x in arrays]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _sums_by_eights(
+    arrays: tuple[Array, ...], axes: tuple[int, ...], split: int
+) -> tuple[Array, ...]:
+    def add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def by_eights(*arrays: Array) -> tuple[Array, ...]:
+        shape = arrays[0].shape
+        # The last axis keeps neighbours together, so that eight additions take one instruction.
+        last = split == len(shape) - 1
+        groups = (8, shape[split] // 8) if last else (shape[split] // 8, 8)
+        grouped = tuple(x.reshape(*shape[:split], *groups, *shape[split + 1 :]) for x in arrays)
+        zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
+        partial = jax.lax.reduce(grouped, zeros, add, (split if last else split + 1,))
+        return tuple(_sums_apart(partial, axes))
+
+    def apart(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(_sums_apart(arrays, axes))
+
+    return jax.lax.platform_dependent(*arrays, cpu=by_eights, default=apart)
+
+
+@_sums_by_eights.defjvp
+def _(axes: tuple[int, ...], split: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # Sums are linear; JAX cannot see that through a reduction of several arrays.
+    (arrays,), (directions,) = primals, tangents
+    return _sums_by_eights(arrays, axes, split), tuple(_sums_apart(directions, axes))
+
+
+def _is_sharded(x: Array) -> bool:
+    # On a mesh with explicit axes a reshape of a sharded axis is an error.
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
+def in_turn(x: Array, previous: Array | None) -> Array:
+    """``x``, made to wait on CPUs until ``previous``, a scalar of another leaf, is known.
+
+    XLA's schedule for CPUs runs the first loop of all leaves, then the second loop of all leaves.
+    What a leaf stores between two loops is then stored for all leaves at once, and has left the
+    cache when it is read. In turn, leaves share that memory and find their arrays in the cache:
+    Lion's step takes 0.62 of AdamW's time instead of 0.74. What is added is always zero, which the
+    compiler cannot know. (``lax.optimization_barrier`` is gone by the time that loops are ordered.)
+    """
+    if previous is None or not _varies_over(previous) <= _varies_over(x):
+        return x
+
+    def wait(x: Array, previous: Array) -> Array:
+        return x + (jnp.where(jnp.isfinite(previous), previous, 0) * 0).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, previous, cpu=wait, default=lambda x, _: x)
+
+
+def turn_after(x: Array, before: Array | None, known: Array | None = None) -> Array | None:
+    """A scalar of an array for the ``in_turn`` of the next leaf.
+
+    Args:
+      x: an array of the leaf. Small ones, which stay in the cache anyway, leave the turn as it was.
+      before: the turn so far.
+      known: a scalar that is known when the leaf is done. Default: the first entry of ``x``, unless
+        it is sharded, for then no device holds the first entry for all.
+    """
+    if x.size < 2**14 or (known is None and _is_sharded(x)):
+        return before
+    return x[(0,) * x.ndim] if known is None else known
+
+
+def _varies_over(x: Array) -> frozenset[Any]:
+    # Inside shard_map a replicated leaf must not come to depend on one that is not.
+    return frozenset(getattr(jax.typeof(x), "vma", ()))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
-from optimkit.leaves import recipe
-from optimkit.numerics import check_range
-from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
-from optimkit.transforms.adam import scale_by_adam
-from optimkit.wrappers.radial import ChannelAxis, project_radial
+from optimkit.leaves import decay_tree, map_leaves, recipe, zero_count, zeros_like
+from optimkit.numerics import check_range, in_turn, next_count, turn_after
+from optimkit.protocols import (
+    Array,
+    GradientTransformation,
+    Mask,
+    MatrixAxes,
+    Method,
+    PyTree,
+    ScalarOrSchedule,
+    transformation,
+)
+from optimkit.transforms.adam import ScaleByAdamState, adam_rule
+from optimkit.transforms.radial import leaf_decision
+from optimkit.wrappers.radial import ChannelAxis, axes_tree
 
 
 def adamp(
@@ -74,18 +85,40 @@ def adamp(
     Scale-invariant Weights", ICLR 2021, arXiv 2006.08217. Agrees with the authors' code.
     """
     check_range(learning_rate=learning_rate, ge=0)
-    return recipe(
-        project_radial(
-            scale_by_adam(b1, b2, eps, nesterov=nesterov),
-            delta=delta,
-            eps=eps,
-            weight_decay=weight_decay,
-            wd_ratio=wd_ratio,
-            mask=mask,
-            channel_axis=channel_axis,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    check_range(b1=b1, b2=b2, ge=0, lt=1)
+    check_range(weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio, ge=0)
+    check_range(eps=eps, gt=0)
+    projection = {"delta": delta, "eps": eps, "wd_ratio": wd_ratio}
+
+    def init(params: PyTree) -> ScaleByAdamState:
+        axes_tree(params, channel_axis)  # an ambiguous layout shows before training starts
+        return ScaleByAdamState(zero_count(), zeros_like(params), zeros_like(params))
+
+    def update(
+        updates: PyTree, state: ScaleByAdamState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, ScaleByAdamState]:
+        del extra
+        count = next_count(state.count)
+        adam = adam_rule(b1, b2, eps, count, nesterov=nesterov)
+        turn: Array | None = None
+
+        def step(
+            g: Array, m: Array, v: Array, w: Array, axes: MatrixAxes | None, decayed: Any
+        ) -> tuple[Array, Array, Array]:
+            nonlocal turn
+            g = in_turn(g, turn)
+            u, m, v = adam(g, m, v)
+            decision = leaf_decision(g, w, u, axes, **projection)
+            if axes is not None:
+                turn = turn_after(w, turn, jnp.sum(decision.factor))
+            decay = jnp.where(decayed, weight_decay * decision.ratio, 0)
+            return u + (decay - decision.factor) * w, m, v
+
+        reads = (params, axes_tree(params, channel_axis), decay_tree(mask, params))
+        updates, mu, nu = map_leaves(step, updates, state.mu, state.nu, reads=reads)
+        return updates, ScaleByAdamState(count, mu, nu)
+
+    return recipe(transformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
 RECORD = Method(

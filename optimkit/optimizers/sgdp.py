@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from optimkit.layout import path_name
-from optimkit.leaves import decay_tree, recipe, zeros_like
-from optimkit.numerics import check_range
+from optimkit.leaves import decay_tree, map_leaves, recipe, zeros_like
+from optimkit.numerics import check_range, in_turn, turn_after
 from optimkit.protocols import (
     Array,
     GradientTransformation,
     Mask,
+    MatrixAxes,
     Method,
     PyTree,
     ScalarOrSchedule,
     transformation,
 )
-from optimkit.transforms.radial import radial_decision
-from optimkit.wrappers.radial import ChannelAxis, channel_axes
+from optimkit.transforms.radial import leaf_decision
+from optimkit.wrappers.radial import ChannelAxis, axes_tree
 
 
 class ProjectedTraceState(NamedTuple):
@@ -141,54 +140,32 @@ def _projected_trace(
     """Momentum that is projected itself, which a wrapper around a momentum cannot do."""
 
     def init(params: PyTree) -> ProjectedTraceState:
-        jax.tree_util.tree_map_with_path(  # an ambiguous layout shows before training starts
-            lambda path, p: channel_axes(path_name(path), p, channel_axis), params
-        )
+        axes_tree(params, channel_axis)  # an ambiguous layout shows before training starts
         return ProjectedTraceState(zeros_like(params))
-
-    def renew(g: Array, b: Array) -> Array:
-        return momentum * b + (1 - dampening) * g
-
-    def direction(g: Array, b: Array) -> Array:
-        """The step before its projection, from the old buffer where that one is projected too."""
-        if project_buffer:
-            return renew(g, b)
-        return g + momentum * b if nesterov else b
-
-    def decide(path: Any, g: Array, b: Array, w: Array) -> tuple[Array, Array]:
-        axes = channel_axes(path_name(path), w, channel_axis)
-        if axes is None:
-            return jnp.zeros((), w.dtype), jnp.ones((), w.dtype)
-        u = direction(g, b)
-        decision = radial_decision(g, w, u, inputs=axes.inputs, outputs=axes.outputs, **projection)
-        return decision.factor, decision.ratio
 
     def update(
         updates: PyTree, state: ProjectedTraceState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, ProjectedTraceState]:
         del extra
+        turn: Array | None = None
 
-        def kept(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda b, old: b.astype(old.dtype), tree, state.trace)
+        def step(
+            g: Array, b: Array, w: Array, axes: MatrixAxes | None, decayed: Any
+        ) -> tuple[Array, Array]:
+            nonlocal turn
+            g = in_turn(g, turn)
+            b = momentum * b + (1 - dampening) * g
+            u = g + momentum * b if nesterov else b
+            decision = leaf_decision(g, w, u, axes, **projection)
+            if axes is not None:
+                turn = turn_after(w, turn, jnp.sum(decision.factor))
+            u = u - decision.factor * w
+            decay = jnp.where(decayed, weight_decay * decision.ratio, 0)
+            return u + decay * w, u if project_buffer else b
 
-        trace = state.trace if project_buffer else kept(jax.tree.map(renew, updates, state.trace))
-        decided = jax.tree_util.tree_map_with_path(decide, updates, trace, params)
-        # The step is needed before and after the sums over it. Kept apart by the barrier, it is
-        # computed twice, where else it would be stored: 4 bytes a parameter.
-        decided, trace = jax.lax.optimization_barrier((decided, trace))
-        projected = jax.tree.map(
-            lambda g, b, w, decision: direction(g, b) - decision[0] * w,
-            updates,
-            trace,
-            params,
-            decided,
-        )
-
-        def finish(g: Array, u: Array, w: Array, decision: tuple[Array, Array], yes: Any) -> Array:
-            return (u + jnp.where(yes, weight_decay * decision[1], 0) * w).astype(g.dtype)
-
-        new = jax.tree.map(finish, updates, projected, params, decided, decay_tree(mask, params))
-        return new, ProjectedTraceState(kept(projected) if project_buffer else trace)
+        reads = (params, axes_tree(params, channel_axis), decay_tree(mask, params))
+        updates, trace = map_leaves(step, updates, state.trace, reads=reads)
+        return updates, ProjectedTraceState(trace)
 
     return transformation(init, update)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ def scale_by_adam(
     nesterov: bool = False,
     eps_form: Literal["standard", "before_bias_correction"] = "standard",
     mu_dtype: Any = None,
+    bias_correction: bool = True,
 ) -> GradientTransformation:
     r"""Rescales gradients by Adam's moments.
 
@@ -56,6 +58,7 @@ def scale_by_adam(
         root, ``m / (sqrt(v) + eps) * sqrt(1-b2^t) / (1-b1^t)``, as Hugging Face's AdamW, SPAM,
         GaLore and Moonlight do.
       mu_dtype: dtype of the first moment; default f32, or f64 for f64 gradients.
+      bias_correction: False leaves both moments uncorrected, m / (sqrt(v) + eps).
 
     Returns:
       A transformation that gives a direction (no rate, no sign). It keeps 8 bytes a f32 parameter.
@@ -87,24 +90,43 @@ def scale_by_adam(
         del params
         count = next_count(state.count)
         decay: Any = b1(extra.get("global_count", state.count)) if callable(b1) else b1
-        mu_correction = one_minus_power(decay, count)
-        nu_correction = one_minus_power(b2, count)
-
-        def step(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
-            g = saturate(g)
-            m = decay * m + (1 - decay) * g
-            v = b2 * v + (1 - b2) * jnp.square(g)
-            top = decay * m + (1 - decay) * g if nesterov else m
-            if eps_form == "standard":
-                direction = (top / mu_correction) / (jnp.sqrt(v / nu_correction) + eps)
-            else:
-                direction = top / (jnp.sqrt(v) + eps) * (jnp.sqrt(nu_correction) / mu_correction)
-            return direction, m, v
-
+        step = adam_rule(
+            decay, b2, eps, count if bias_correction else None, nesterov=nesterov, eps_form=eps_form
+        )
         updates, mu, nu = map_leaves(step, updates, state.mu, state.nu)
         return updates, ScaleByAdamState(count, mu, nu)
 
     return transformation(init, update)
+
+
+def adam_rule(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    count: Array | None,
+    *,
+    nesterov: bool = False,
+    eps_form: Literal["standard", "before_bias_correction"] = "standard",
+) -> Callable[[Array, Array, Array], tuple[Array, Array, Array]]:
+    """Adam for one array at the 1-based ``count``: ``(g, m, v) -> (direction, new m, new v)``.
+
+    Without a count, the moments stay uncorrected.
+    """
+    mu_correction = 1.0 if count is None else one_minus_power(b1, count)
+    nu_correction = 1.0 if count is None else one_minus_power(b2, count)
+
+    def step(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+        g = saturate(g)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * jnp.square(g)
+        top = b1 * m + (1 - b1) * g if nesterov else m
+        if eps_form == "standard":
+            direction = (top / mu_correction) / (jnp.sqrt(v / nu_correction) + eps)
+        else:
+            direction = top / (jnp.sqrt(v) + eps) * (nu_correction**0.5 / mu_correction)
+        return direction, m, v
+
+    return step
 
 
 RECORD = Method(
@@ -112,7 +134,7 @@ RECORD = Method(
     kind="piece",
     summary="Adam's direction, with both placements of eps",
     traced=("b1", "b2", "eps"),
-    static=("nesterov", "eps_form", "mu_dtype"),
+    static=("nesterov", "eps_form", "mu_dtype", "bias_correction"),
     position="middle",
     communication="none",
     response="bounded",

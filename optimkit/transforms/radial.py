@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from optimkit.numerics import safe_div, safe_norm
-from optimkit.protocols import Array
+from optimkit.numerics import safe_div, safe_norm, sums_together
+from optimkit.protocols import Array, MatrixAxes
 
 
 def radial_component(x: Array, w: Array, axis: int | tuple[int, ...] | None, eps: Any) -> Array:
@@ -66,15 +66,12 @@ def radial_decision(
       outputs: axes that number the output channels.
     """
 
-    def rows(x: Array) -> Array:
-        return jnp.sum(x, axis=inputs, keepdims=True)
-
     def matrix(x: Array) -> Array:
         return jnp.sum(x, axis=outputs, keepdims=True)
 
     # Four sums over rows serve both views: the sums over a matrix are sums of them. Those of a huge
     # gradient may overflow; the cosine is then 0 or NaN, and either way a decision.
-    per_row = [rows(g * w), rows(jnp.square(g)), rows(jnp.square(w)), rows(w * u)]
+    per_row = sums_together([g * w, jnp.square(g), jnp.square(w), w * u], inputs)
     per_matrix = [matrix(x) for x in per_row]
     row_length = max(1, w.size // max(1, per_row[0].size))
     matrix_length = max(1, w.size // max(1, per_matrix[0].size))
@@ -96,6 +93,15 @@ def radial_decision(
         ratio=jnp.where(by_channel | by_layer, wd_ratio, 1),
         branch=jnp.where(by_channel, 1, jnp.where(by_layer, 2, 0)),
     )
+
+
+def leaf_decision(
+    g: Array, w: Array, u: Array, axes: MatrixAxes | None, **settings: Any
+) -> RadialDecision:
+    """``radial_decision`` for a leaf seen by ``axes``; without them it is never projected."""
+    if axes is None:
+        return RadialDecision(jnp.zeros((), u.dtype), jnp.ones((), u.dtype), jnp.zeros((), int))
+    return radial_decision(g, w, u, inputs=axes.inputs, outputs=axes.outputs, **settings)
 
 
 class RadialProjection(NamedTuple):

@@ -11,6 +11,7 @@ import optax
 from optimkit.leaves import map_leaves, zero_count, zeros_like
 from optimkit.numerics import next_count, one_minus_power, saturate
 from optimkit.protocols import Array, GradientTransformation, Mask, PyTree, transformation
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.rectify import rectification
 
 
@@ -42,7 +43,7 @@ def rms_direction(
     ``corrected`` divides the moment by ``1 - b2^t``; ``rectified`` gives the plain gradient where
     the second moment is too young to be trusted.
     """
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    decay = decayed_weights(weight_decay, mask)
 
     def quotient(count: Array, scale: float) -> Callable[[Array, Array], Array]:
         # ``scale``, a power of two, cancels exactly: it only makes another expression of it.

@@ -15,6 +15,7 @@ from optimkit.numerics import (
     one_minus_power,
     safe_div,
     saturate,
+    turn_after,
 )
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.tracked_max import restarted_count
@@ -102,12 +103,13 @@ def normalize_by_tracked_norm(
         mean_correction = one_minus_power(decay, tracker_count)
         square_correction = one_minus_power(b2, tracker_count)
 
-        norm: Array | None = None
+        turn: Array | None = None
 
         def step(g: Array, mean: Array, mean_square: Array) -> tuple[Array, Array, Array]:
-            nonlocal norm
-            g = in_turn(saturate(g), norm)
+            nonlocal turn
+            g = in_turn(saturate(g), turn)
             norm = jnp.sqrt(jnp.sum(jnp.square(g)))
+            turn = turn_after(g, turn, norm)
             mean = decay * mean + (1 - decay) * norm
             mean_square = b2 * mean_square + (1 - b2) * jnp.square(norm)
             rms = jnp.sqrt(mean_square / square_correction)

@@ -23,7 +23,7 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.adam import scale_by_adam
-from optimkit.transforms.radial import radial_decision
+from optimkit.transforms.radial import leaf_decision
 
 ChannelAxis = Callable[[str, Any], int | tuple[int, ...]]
 
@@ -45,6 +45,13 @@ def channel_axes(name: str, leaf: Any, channel_axis: ChannelAxis | None) -> Matr
     kept = (kept,) if isinstance(kept, int) else tuple(kept)
     outputs = tuple(sorted(axis % rank for axis in kept))
     return MatrixAxes((), tuple(a for a in range(rank) if a not in outputs), outputs)
+
+
+def axes_tree(params: PyTree, channel_axis: ChannelAxis | None) -> PyTree:
+    """``channel_axes`` of every leaf; raises, naming the leaf, where a layout is ambiguous."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: channel_axes(path_name(path), p, channel_axis), params
+    )
 
 
 def project_radial(
@@ -101,9 +108,7 @@ def project_radial(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProjectRadialState:
-        jax.tree_util.tree_map_with_path(  # an ambiguous layout shows before training starts
-            lambda path, p: channel_axes(path_name(path), p, channel_axis), params
-        )
+        axes_tree(params, channel_axis)  # an ambiguous layout shows before training starts
         return ProjectRadialState(inner.init(params))
 
     def update(
@@ -117,28 +122,20 @@ def project_radial(
         check_real(updates, "gradient")
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra)
 
-        def project(path: Any, g: Array, w: Array, u: Array, decayed: Any) -> Array:
-            axes = channel_axes(path_name(path), w, channel_axis)
+        def project(g: Array, w: Array, u: Array, axes: MatrixAxes | None, decayed: Any) -> Array:
             dtype, wide = u.dtype, compute_dtype(g, w)
             g, w, u = g.astype(wide), w.astype(wide), u.astype(wide)
-            factor: Any = 0
-            ratio: Any = 1
-            if axes is not None:
-                factor, ratio, _ = radial_decision(
-                    g,
-                    w,
-                    u,
-                    delta=delta,
-                    eps=eps,
-                    wd_ratio=wd_ratio,
-                    inputs=axes.inputs,
-                    outputs=axes.outputs,
-                )
-            decay = jnp.where(decayed, weight_decay * ratio, 0)
-            return narrow(u + (decay - factor) * w, dtype)
+            decision = leaf_decision(g, w, u, axes, delta=delta, eps=eps, wd_ratio=wd_ratio)
+            decay = jnp.where(decayed, weight_decay * decision.ratio, 0)
+            return narrow(u + (decay - decision.factor) * w, dtype)
 
-        updates = jax.tree_util.tree_map_with_path(
-            project, updates, params, directions, decay_tree(mask, params)
+        updates = jax.tree.map(
+            project,
+            updates,
+            params,
+            directions,
+            axes_tree(params, channel_axis),
+            decay_tree(mask, params),
         )
         return updates, ProjectRadialState(inner_state)
 

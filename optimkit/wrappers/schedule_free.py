@@ -223,7 +223,10 @@ def schedule_free_recomputed(
                 keep, directions, state.z, state.average, reads=(params,)
             )
         else:
-            updates, z = map_leaves(derive, directions, state.z, reads=(again, params))
+            # What can be recomputed took its turns in ``inner``.
+            updates, z = map_leaves(
+                derive, directions, state.z, reads=(again, params), take_turns=recompute is None
+            )
             average = None
         return updates, ScheduleFreeState(
             count, z, average, weight_sum, largest, rate, mix, inner_state

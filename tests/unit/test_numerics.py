@@ -122,3 +122,40 @@ def test_word_and_count_checks() -> None:
         numerics.check_count(interval=2.5)
     with pytest.raises(ValueError, match="rank must be an integer >= 1, got 0"):
         numerics.check_count(rank=0, least=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((64, 3), (0,)), ((3, 64), (1,)), ((2, 72, 5), (0, 1)), ((80,), (0,)), ((5, 3), (0,))],
+)
+@pytest.mark.parametrize("number", [1, 3])
+def test_sums_together_are_sums(shape, axes, number) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(number)]
+    got = jax.jit(lambda xs: numerics.sums_together(xs, axes))(arrays)
+    for x, total in zip(arrays, got, strict=True):
+        expected = np.sum(np.asarray(x, np.float64), axis=axes, keepdims=True)
+        assert total.shape == expected.shape
+        np.testing.assert_allclose(total, expected, atol=1e-5)
+
+
+def test_sums_together_can_be_mapped_and_differentiated() -> None:
+    x = jnp.arange(128.0).reshape(2, 64)
+
+    def total(x):
+        a, b = numerics.sums_together([x, jnp.square(x)], (0,))
+        return (a + b)[0]
+
+    np.testing.assert_allclose(jax.vmap(total)(x), jnp.sum(x + x**2, axis=1))
+    np.testing.assert_allclose(jax.grad(total)(x[0]), 1 + 2 * x[0])
+
+
+def test_a_turn_changes_nothing() -> None:
+    x = jnp.arange(4.0)
+    wait = jax.jit(numerics.in_turn)
+    for previous in (0.0, -2.0, jnp.nan, -jnp.inf):
+        np.testing.assert_array_equal(wait(x, jnp.float32(previous)), x)
+    assert numerics.turn_after(x, None) is None  # too small to take a turn
+    large = jnp.full(2**14, 3.0)
+    assert float(numerics.turn_after(large, None)) == 3
+    assert float(numerics.turn_after(large, None, jnp.float32(7))) == 7
