@@ -9,6 +9,7 @@ import optax
 from optimkit.leaves import recipe
 from optimkit.numerics import check_range
 from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.lion import scale_by_lion
 
 
@@ -62,7 +63,7 @@ def lion(
     check_range(learning_rate=learning_rate, weight_decay=weight_decay, ge=0)
     return recipe(
         scale_by_lion(b1, b2, mu_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

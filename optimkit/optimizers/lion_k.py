@@ -10,6 +10,7 @@ import optax
 from optimkit.leaves import recipe
 from optimkit.numerics import check_range
 from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.kappa import kappa_subgradient
 from optimkit.transforms.lion_k import scale_by_lion_k
 
@@ -126,7 +127,7 @@ def lion_k(
         )
     return recipe(
         scale_by_lion_k(b1, b2, subgradient, mu_dtype, scope=scope),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import optax
 
 from optimkit.numerics import check_choice, check_range, next_count, one_minus_power
 from optimkit.protocols import (
@@ -16,6 +15,7 @@ from optimkit.protocols import (
     Method,
     ScalarOrSchedule,
 )
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.rectify import rectification
 from optimkit.transforms.rms_direction import rms_direction
 from optimkit.wrappers.schedule_free import schedule_free, schedule_free_recomputed
@@ -90,7 +90,7 @@ def schedule_free_sgd(
     """
     check_range(weight_decay=weight_decay, ge=0)
     return schedule_free(
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         learning_rate,
         b1,
         warmup_steps=warmup_steps,

@@ -11,6 +11,7 @@ from optimkit.leaves import recipe
 from optimkit.numerics import as_float, check_choice, check_count, check_range
 from optimkit.protocols import Array, GradientTransformation, Mask, Method, ScalarOrSchedule
 from optimkit.transforms.adam import scale_by_adam
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.tracked_max import clip_by_tracked_max
 from optimkit.transforms.tracked_norm import normalize_by_tracked_norm
 from optimkit.wrappers.momentum_reset import momentum_reset
@@ -138,7 +139,7 @@ def stable_spam(
             moments="after" if as_published else "before",
             counts="before",
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

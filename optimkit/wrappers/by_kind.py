@@ -21,6 +21,7 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.adam import EPS_FORMS, scale_by_adam
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.orthogonalize import scale_by_muon
 
 
@@ -165,10 +166,10 @@ def matrix_recipe(
     adam = scale_by_adam(adam_b1, adam_b2, adam_eps, eps_form=adam_eps_form)
     links: list[optax.GradientTransformation] = [split(direction, adam)]
     if adam_weight_decay is None:
-        links.append(optax.add_decayed_weights(weight_decay, mask))
+        links.append(decayed_weights(weight_decay, mask))
     else:
-        links.append(optax.add_decayed_weights(weight_decay, decayed(True)))
-        links.append(optax.add_decayed_weights(adam_weight_decay, decayed(False)))
+        links.append(decayed_weights(weight_decay, decayed(True)))
+        links.append(decayed_weights(adam_weight_decay, decayed(False)))
     rate = optax.scale_by_learning_rate(learning_rate)
     if adam_learning_rate is None:
         return recipe(*links, rate)

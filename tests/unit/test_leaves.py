@@ -97,3 +97,37 @@ def test_places_of_parameters_are_found() -> None:
     )
     found = sorted(mark for mark in jax.tree.leaves(marks) if mark != "-")
     assert found == ["a", "b"]
+
+
+def test_moments_are_found_with_the_field_that_holds_them() -> None:
+    params = {"mu": {"kernel": jnp.ones((2, 3))}, "scale": jnp.ones(3)}
+    tx = optax.chain(
+        ok.clip_by_tracked_max(0.9), ok.by_kind(optax.trace(0.9), optax.adam(0.1), ["mu/*"])
+    )
+    state = tx.init(params)
+    paths = leaves.moment_paths(tx.init, state, params)
+    assert jax.tree.structure(paths) == jax.tree.structure(state)
+    # The clip keeps one number a leaf, which is no moment; nor is a count.
+    assert sorted({path for path in jax.tree.leaves(paths) if path}) == [
+        "1/inner_states/matrix/inner_state/trace",
+        "1/inner_states/vector/inner_state/0/mu",
+        "1/inner_states/vector/inner_state/0/nu",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ({"a": True}, "leaves ['a'], the parameters have ['a', 'b']"),
+        ([True], "tree of bools like the parameters"),
+        ({"a": 0.5, "b": True}, "True = decayed, got 0.5"),
+        (lambda params: {"c": True}, "leaves ['c']"),
+    ],
+)
+@pytest.mark.parametrize("name", ["lion", "adamp", "decay_after_step"])
+def test_a_mask_of_another_structure_is_one_clear_sentence(name, mask, words) -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx = getattr(ok, name)(learning_rate=0.1, weight_decay=0.1, mask=mask)
+    with pytest.raises(ValueError, match="mask must") as error:
+        tx.update(params, tx.init(params), params)
+    assert words in str(error.value)
