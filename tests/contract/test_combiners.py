@@ -37,10 +37,16 @@ TASKS = 3
 LEAVES = ("dense", "temperature", "nothing", "frozen")
 """What is kept of the suite's tree: a matrix, a vector, 0-d, 0-size and None leaves."""
 
+TASKS_OF: dict[str, int] = {}
+"""Combiners of a fixed number of tasks, which refuse any other."""
+
 ORDER_MATTERS: dict[str, str] = {}
 """Combiner -> why its result depends on the order of the tasks."""
 
-CHANGES_A_SINGLE_TASK: dict[str, str] = {}
+CHANGES_A_SINGLE_TASK: dict[str, str] = {
+    "gcond": "momentum averages it",
+    "cagrad": "the step in the ball round the mean gradient lengthens it",
+}
 """Combiner -> why a single task's gradient does not pass unchanged."""
 
 

@@ -17,13 +17,22 @@ METHODS = {
 }
 
 
+LONG_FORM = {
+    (rule, dtype) for rule in ("compose", "compile", "restart") for dtype in ("float16", "float64")
+}
+"""Rules that compile much and seldom depend on the dtype: only ``make test-full`` runs these."""
+
+
 CASES = [
     pytest.param(
         record,
         rule,
         dtype,
         id=f"{name}-{rule}-{dtype}",
-        marks=marks_of(record, rule, dtype),
+        marks=[
+            *marks_of(record, rule, dtype),
+            *([pytest.mark.slow] if (rule, dtype) in LONG_FORM else []),
+        ],
     )
     for name, record in METHODS.items()
     for rule in CHECKS

@@ -6,6 +6,7 @@ Runs on eight simulated devices in a process of its own (``XLA_FLAGS``, set by t
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -109,8 +110,18 @@ def assert_close(got: Any, expected: Any, tolerance: float, what: str) -> None:
         assert difference <= tolerance * scale, f"{what}: {name} off by {difference / scale:.1e}"
 
 
-def check_sharding(record: Method) -> None:
-    """One record: explicit and auto meshes, every placement, and where the state lies."""
+def usual_placements(record: Method) -> tuple[str, ...]:
+    """Every placement for methods that move matrices; fewer for the others.
+
+    Two turns shard every axis of a dense kernel. ``make test-full`` runs all placements of all.
+    """
+    if record.communication in ("matrix", "gather"):
+        return tuple(PLACEMENTS)
+    return ("turn 0", "both") if record.communication == "none" else ("turn 0", "turn 1", "both")
+
+
+def check_sharding(record: Method, placements: Collection[str] = tuple(PLACEMENTS)) -> None:
+    """One record: explicit and auto meshes, the placements, and where the state lies."""
     params, first, second = values(0), values(1), values(2)
     tolerance = record.tolerance.get("sharding", 1e-5)
     tx, step, traces = stepper(record)
@@ -118,7 +129,8 @@ def check_sharding(record: Method) -> None:
     for kind in (AxisType.Explicit, AxisType.Auto):
         mesh = make_mesh(kind)
         with jax.set_mesh(mesh):
-            for name, placement in PLACEMENTS.items():
+            for name in placements:
+                placement = PLACEMENTS[name]
                 if kind == AxisType.Auto and name != "turn 0":
                     continue  # the compiler decides there; one placement shows that it can
                 placed = [place(tree, mesh, placement) for tree in (params, first, second)]

@@ -22,9 +22,15 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_sharded_equals_single_device(record: Method) -> None:
-    cases.check_sharding(record)
+    cases.check_sharding(record, cases.usual_placements(record))
     cases.check_communication(record)
     cases.check_manual(record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", RECORDS)
+def test_every_placement(record: Method) -> None:
+    cases.check_sharding(record)
 
 
 def test_a_transformation_that_flattens_is_rejected() -> None:
