@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optimkit.leaves import check_match, check_real, map_leaves, require_params
-from optimkit.numerics import check_range
+from optimkit.numerics import check_range, compute_dtype
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 
 
@@ -42,9 +42,9 @@ def exponentiate_updates(
         shape.
 
     Weights that are zero stay so for ever: give biases and fresh norm offsets to another optimizer.
-    A decay of the weights is no part of u. The exponent is limited where the result would overflow,
-    and where the weight would round to zero, from which it could not come back; neither changes a
-    step that its dtype can hold. In bfloat16 a step of less than 2^-8 of the weight is lost: keep
+    A decay of the weights is no part of u. A step is limited where the result would overflow, and
+    where the weight would round to zero, from which it could not come back; neither changes a step
+    that its dtype can hold. In bfloat16 a step of less than 2^-8 of the weight is lost: keep
     f32 master weights. NaN passes.
 
     >>> import jax.numpy as jnp
@@ -71,28 +71,55 @@ def exponentiate_updates(
         check_match(updates, params, what="gradient", like="the parameters")
         check_real(updates, "gradient")
 
-        def step(u: Array, w: Array, limits: dict[str, float]) -> Array:
+        def step(u: Array, w: Array, limits: Limits) -> Array:
             exponent = jnp.sign(w) * u if signed else u
-            exponent = jnp.clip(exponent, limits["lowest"], math.log(limits["largest"]))
             if max_log_step is not None:
                 exponent = jnp.clip(exponent, -max_log_step, max_log_step)
-            return jnp.clip(w * jnp.expm1(exponent), -limits["largest"], limits["largest"])
+            return growth(w, exponent, limits)
 
-        return map_leaves(step, updates, reads=(params, jax.tree.map(_limits, updates))), state
+        return map_leaves(step, updates, reads=(params, limits_like(updates, params))), state
 
     return transformation(init, update)
 
 
-def _limits(update: Array) -> dict[str, float]:
-    """What the dtype of an update can hold beside its weight."""
-    info = jnp.finfo(jnp.result_type(update))
-    return {"largest": float(info.max) / 2, "lowest": math.log(float(info.eps))}
+class Limits(NamedTuple):
+    """``eps``: relative precision. ``smallest``, ``largest``: of weights that are safe to reach."""
+
+    eps: float
+    smallest: float
+    largest: float
+
+
+def limits_like(updates: PyTree, params: PyTree) -> PyTree:
+    """What the dtypes of each update and its weight, which may be wider or narrower, can hold."""
+
+    def of_leaf(*arrays: Array) -> Limits:
+        infos = [jnp.finfo(jnp.result_type(x)) for x in arrays]
+        # Subnormal numbers of the dtype to compute in may be flushed to zero; those of a narrower
+        # dtype are normal there.
+        normal = float(jnp.finfo(compute_dtype(*arrays)).tiny)
+        return Limits(
+            eps=max(float(info.eps) for info in infos),
+            smallest=max(normal, *(float(info.smallest_subnormal) for info in infos)),
+            largest=min(float(info.max) for info in infos) / 2,
+        )
+
+    return jax.tree.map(of_leaf, updates, params)
+
+
+def growth(w: Array, exponent: Array, limits: Limits) -> Array:
+    """``w exp(exponent) - w``, finite for every finite exponent, and short of ``-w``."""
+    size = jnp.abs(w)
+    highest = math.log(float(jnp.finfo(w.dtype).max) / 2)
+    grown = size * jnp.expm1(jnp.clip(exponent, math.log(limits.eps), highest))
+    # A weight at or below the smallest does not shrink.
+    grown = jnp.maximum(grown, jnp.minimum(limits.smallest - size, 0))
+    return jnp.sign(w) * jnp.minimum(grown, limits.largest)
 
 
 RECORD = Method(
     factory=exponentiate_updates,
     kind="piece",
-    exempt={"fidelity": "its recordings come with the method exponentiated gradient, not here yet"},
     summary="multiply weights by the exponential of the update",
     traced=("max_log_step",),
     static=("signed",),

@@ -179,9 +179,6 @@ RECORDS = (
     Method(
         factory=dampened_trace,
         kind="piece",
-        exempt={
-            "fidelity": "the recordings that run it come with the exponentiated-gradient method"
-        },
         summary="momentum of SGD, with dampening",
         example={"momentum": 0.9, "dampening": 0.1, "first": "copy"},
         traced=("momentum", "dampening"),

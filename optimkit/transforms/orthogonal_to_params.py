@@ -7,22 +7,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optimkit.leaves import check_match, check_real, require_params
 from optimkit.numerics import (
     check_choice,
     check_range,
     compute_dtype,
+    in_turn,
     narrow,
     safe_div,
-    safe_norm,
     saturate,
+    sums_together,
     tree_norm,
     tree_vdot,
+    turn_after,
 )
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.project_to_norm import projected_leaves
-from optimkit.transforms.radial import radial_component
 
 ROUNDING = 4
 """What is left of a gradient parallel to the weights is noise of this many units of precision."""
@@ -31,7 +33,8 @@ ROUNDING = 4
 def restored(o: Array, norm: Array, left: Array, eps: Any) -> Array:
     """``o``, of norm ``left``, brought back to the gradient's norm; zero where ``o`` is noise."""
     noise = ROUNDING * float(jnp.finfo(o.dtype).eps) * norm
-    return o * jnp.where(left > noise, safe_div(norm, left + eps), 0).astype(o.dtype)
+    scale = jnp.where(left > noise, safe_div(norm, left + eps), 0)
+    return o * jnp.where(jnp.isfinite(left), scale, 1).astype(o.dtype)
 
 
 def orthogonal_to_params(
@@ -91,13 +94,28 @@ def orthogonal_to_params(
         projected_leaves(mask, params, lambda *_: True)  # a wrong pattern shows before training
         return optax.EmptyState()
 
-    def project_leaf(g: Array, w: Array) -> Array:
+    def project_leaf(g: Array, w: Array, previous: Array | None) -> tuple[Array, Array | None]:
+        """The projected gradient, and a scalar that is known when it is."""
         if g.size <= 1:
-            return g
-        # The helper divides by <w, w> alone; eps belongs beside it.
-        square = jnp.square(safe_norm(saturate(w)))
-        o = g - safe_div(square, square + eps) * radial_component(g, w, None, 0.0)
-        return restored(o, safe_norm(g), safe_norm(o), eps) if rescale else o
+            return g, previous
+        everything = tuple(range(g.ndim))
+
+        def rest(g: Array, w: Array, along: Array) -> Array:
+            return g - along * w
+
+        # Where squares overflow, beyond 1e18 in f32, the gradient passes as it is.
+        waiting = in_turn(g, previous)
+        gw, ww, gg = sums_together([waiting * w, jnp.square(w), jnp.square(waiting)], everything)
+        along = safe_div(gw, ww + eps)
+        along = jnp.where(jnp.isfinite(along), along, 0)
+        if not rescale:
+            return rest(g, w, along), turn_after(w, previous, gg.reshape(()))
+        (square,) = sums_together([jnp.square(rest(waiting, w, along))], everything)
+        left, norm = jnp.sqrt(square), jnp.sqrt(gg)
+        # Behind the barrier the result is computed anew, where else it would be stored until the
+        # links that follow have run for every leaf.
+        along, left, norm = lax.optimization_barrier((along, left, norm))
+        return restored(rest(g, w, along), norm, left, eps), turn_after(w, previous, left.reshape(()))
 
     def project_together(g: list[Array], w: list[Array]) -> list[Array]:
         square = jnp.square(tree_norm([saturate(x) for x in w]))
@@ -121,8 +139,12 @@ def orthogonal_to_params(
         index = [i for i, projected in enumerate(chosen) if projected]
         g = [jnp.asarray(leaves[i], compute_dtype(leaves[i], weights[i])) for i in index]
         w = [jnp.asarray(weights[i], x.dtype) for i, x in zip(index, g, strict=True)]
+        new: list[Array] = []
         if scope == "leaf":
-            new = [project_leaf(x, y) for x, y in zip(g, w, strict=True)]
+            previous = None
+            for x, y in zip(g, w, strict=True):
+                o, previous = project_leaf(x, y, previous)
+                new.append(o)
         else:
             new = project_together(g, w)
         for i, x in zip(index, new, strict=True):
@@ -135,7 +157,6 @@ def orthogonal_to_params(
 RECORD = Method(
     factory=orthogonal_to_params,
     kind="piece",
-    exempt={"fidelity": "the recordings that run it come with the method perpGrad, not here yet"},
     summary="remove what of the gradient is parallel to the weights",
     traced=("eps",),
     static=("rescale", "scope", "mask"),

@@ -18,10 +18,13 @@ from optimkit.numerics import (
     check_range,
     compute_dtype,
     due,
+    in_turn,
     narrow,
     next_count,
     safe_div,
     safe_norm,
+    sums_together,
+    turn_after,
 )
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 
@@ -145,15 +148,22 @@ def project_to_norm(
         count = next_count(state.count)
         now = due(count, every)
 
+        previous: Array | None = None
+
         def project(path: Any, u: Array, w: Array, norm: Array, projected: bool) -> Array:
+            nonlocal previous
             if not projected or u.size == 0:
                 return u
             dtype = compute_dtype(u, w)
             w, wide = w.astype(dtype), u.astype(dtype)
-            moved = w + wide
-            factor = safe_div(norm, safe_norm(moved, summed_axes(path, w), keepdims=True) + eps)
+            square = jnp.square(w + in_turn(wide, previous))
+            (total,) = sums_together([square], summed_axes(path, w))
+            factor = safe_div(norm, jnp.sqrt(total) + eps)
+            previous = turn_after(w, previous, jnp.sum(total))
+            # Behind the barrier the sum is computed anew, where else it would be stored.
+            factor = jax.lax.optimization_barrier(factor)
             # Zero where either norm is zero or the new one is infinite; NaN is not above zero.
-            wide = jnp.where(now & (factor > 0), moved * factor - w, wide)
+            wide = jnp.where(now & (factor > 0), (w + wide) * factor - w, wide)
             return narrow(wide, jnp.result_type(u))
 
         updates = jax.tree_util.tree_map_with_path(
@@ -167,7 +177,6 @@ def project_to_norm(
 RECORD = Method(
     factory=project_to_norm,
     kind="piece",
-    exempt={"fidelity": "its recordings come with the method normalize-and-project, not here yet"},
     summary="return kernels to their initial norm after the step",
     traced=("eps",),
     static=("every", "target", "axis", "mask", "matrix_axes"),
