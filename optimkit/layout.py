@@ -23,6 +23,7 @@ HEAD_WORDS = ("head", "logits", "lm_head")
 CONV_WORDS = ("conv", "convolution")
 SPLIT_OUTPUT_WORDS = ("query", "key", "value", "qkv")  # (d, heads, head_dim)
 SPLIT_INPUT_WORDS = ("out",)  # (heads, head_dim, d)
+LORA_WORDS = ("lora_a", "lora_b")
 VECTOR_WORDS = ("bias", "scale", "b", "gamma", "beta", "offset")
 
 _KEY_ATTRIBUTES = ("key", "name", "idx")
@@ -119,6 +120,25 @@ def select_leaves(
             f"{[n for n, _ in named_leaves(params)]}"
         )
     return jax.tree.map(bool, selector) if jax.tree.leaves(params) else params
+
+
+def is_lora_leaf(name: str, leaf: Any) -> bool:
+    """Whether a leaf is a LoRA factor: a component of its path is ``lora_a`` or ``lora_b``.
+
+    >>> is_lora_leaf("query/lora_a/kernel", None), is_lora_leaf("query/kernel", None)
+    (True, False)
+    """
+    del leaf
+    return has_word(name, LORA_WORDS)
+
+
+def lora_mask(params: PyTree) -> PyTree:
+    """A tree of bools: True for LoRA factors, which are trained, False for what they adapt.
+
+    >>> lora_mask({"query": {"kernel": np.zeros(1), "lora_a": np.zeros(1), "lora_b": np.zeros(1)}})
+    {'query': {'kernel': False, 'lora_a': True, 'lora_b': True}}
+    """
+    return select_leaves(is_lora_leaf, params, default=is_lora_leaf)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class ModelConfig:
       depth: number of blocks.
       heads: attention heads; the head size ``width / heads`` must be even for the rotation.
       rope_base: base of the rotary frequencies.
+      qk_norm: whether queries and keys pass a LayerNorm, per head and with the same scale for all
+        heads. It keeps attention logits from growing at high learning rates.
     """
 
     vocab_size: int = 256
@@ -34,6 +36,7 @@ class ModelConfig:
     depth: int = 4
     heads: int = 4
     rope_base: float = 10_000.0
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1:
@@ -75,12 +78,17 @@ class Attention(nnx.Module):
         self.k_proj = linear(width, width, use_bias=False, kernel_init=into, rngs=rngs)
         self.v_proj = linear(width, width, use_bias=False, kernel_init=into, rngs=rngs)
         self.o_proj = linear(width, width, use_bias=False, kernel_init=out_of, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = nnx.LayerNorm(width // config.heads, rngs=rngs)
+            self.k_norm = nnx.LayerNorm(width // config.heads, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(batch, time, width)`` to the same shape; position t sees 0..t."""
         heads = (*x.shape[:2], self.config.heads, -1)
-        q = rotate(self.q_proj(x).reshape(heads), self.config.rope_base)
-        k = rotate(self.k_proj(x).reshape(heads), self.config.rope_base)
+        q, k = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, self.config.rope_base), rotate(k, self.config.rope_base)
         v = self.v_proj(x).reshape(heads)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(mixed.reshape(x.shape))
