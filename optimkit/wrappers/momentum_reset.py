@@ -6,11 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optimkit.layout import named_leaves, path_parts
-from optimkit.leaves import check_match, check_real, map_param_state, zero_count
+from optimkit.layout import path_parts
+from optimkit.leaves import check_match, check_real, moment_paths, zero_count
 from optimkit.numerics import as_float, check_choice, check_count, check_range, due, next_count
 from optimkit.protocols import (
     COUNT_FIELDS,
@@ -55,13 +54,8 @@ def _is_count(path: Any, siblings: set[tuple[Any, ...]]) -> bool:
 
 def _reset_marks(inner: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     """Per state leaf ``"moment"`` (float, a parameter's place and shape), ``"count"`` or ``""``."""
-    shapes = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
-
-    def moment(name: str, leaf: Any) -> str:
-        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return "moment" if floating and np.shape(leaf) == shapes.get(name) else ""
-
-    marks = map_param_state(inner.init, moment, lambda leaf: "", state)
+    held = moment_paths(inner.init, state, params)
+    marks = jax.tree.map(lambda where: "moment" if where else "", held)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     prefixes = {path_parts(path)[:end] for path in paths for end in range(1, len(path) + 1)}
     return jax.tree_util.tree_map_with_path(
