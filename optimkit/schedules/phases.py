@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def after_warmup(
     return join((0, ramp), (warmup_steps, schedule))
 
 
-def check_budgets(budgets: Any) -> tuple[int, ...]:
+def check_budgets(budgets: Any, *, name: str = "budgets") -> tuple[int, ...]:
     """The budgets as a tuple of Python integers; raises unless they are increasing and > 0.
 
     >>> check_budgets([40, 40])
@@ -77,8 +78,46 @@ def check_budgets(budgets: Any) -> tuple[int, ...]:
     values = list(budgets) if isinstance(budgets, (Sequence, np.ndarray)) else []
     whole = all(isinstance(b, (int, np.integer)) and not isinstance(b, bool) for b in values)
     if not (values and whole and all(a < b for a, b in zip([0, *values], values, strict=False))):
-        raise ValueError(f"budgets must be increasing integers above 0, got {budgets!r}")
+        raise ValueError(f"{name} must be increasing integers above 0, got {budgets!r}")
     return tuple(int(b) for b in values)
+
+
+def consecutive(
+    lengths: Sequence[Any], pieces: Sequence[optax.Schedule], *, end_value: Any
+) -> optax.Schedule:
+    """Schedules of given lengths after one another, each from its own start; then the end value.
+
+    A length of 0 leaves its schedule out. Lengths may be traced.
+    """
+    *starts, total = itertools.accumulate(lengths, initial=0)
+    return join(*zip(starts, pieces, strict=True), (total, constant(end_value)))
+
+
+def per_phase(**arguments: Any) -> dict[str, list[Any]]:
+    """Every argument as a list with one entry a phase; a single value holds for all phases.
+
+    >>> per_phase(peak_values=[3.0, 2.0], warmup_steps=5)
+    {'peak_values': [3.0, 2.0], 'warmup_steps': [5, 5]}
+
+    Raises:
+      ValueError: if two lists differ in length, or one is empty.
+    """
+    many = {
+        name: list(value)
+        for name, value in arguments.items()
+        if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
+    }
+    lengths = {name: len(value) for name, value in many.items()}
+    if len({*lengths.values()}) > 1 or 0 in lengths.values():
+        shown = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise ValueError(f"every phase must have one value of each argument, got {shown}")
+    phases = max(lengths.values(), default=1)
+    return {name: many.get(name, [value] * phases) for name, value in arguments.items()}
+
+
+def each(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """``values`` under the names ``name[0]``, ``name[1]`` ..., for a check of every entry."""
+    return {f"{name}[{index}]": value for index, value in enumerate(values)}
 
 
 def cycles(
@@ -91,10 +130,6 @@ def cycles(
       budgets: increasing counts at which the cycles end.
       end_value: held from the last budget on.
     """
-    ends = check_budgets(budgets)
-    starts = (0, *ends[:-1])
-    pieces = [
-        (start, build(index, end - start))
-        for index, (start, end) in enumerate(zip(starts, ends, strict=True))
-    ]
-    return join(*pieces, (ends[-1], constant(end_value)))
+    lengths = np.diff(check_budgets(budgets), prepend=0).tolist()
+    pieces = [build(index, length) for index, length in enumerate(lengths)]
+    return consecutive(lengths, pieces, end_value=end_value)

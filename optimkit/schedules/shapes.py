@@ -52,12 +52,30 @@ def rational_map(z: Array, shape: Any) -> Array:
     """``z / ((1 - shape) + shape z)``: fixes 0 and 1, and lifts what lies between for shape > 0.
 
     REX is this map of the linear profile with shape 1/2. Shape 0 changes nothing, a negative shape
-    lowers, and shape -> 1 tends to a constant 1 with a cliff at z = 0.
+    lowers, and shape -> 1 tends to a constant 1 with a cliff at z = 0. The denominator is written
+    as ``z + (1-z)(1-shape)``, which does not cancel.
 
     >>> [round(float(rational_map(z, 0.5)), 4) for z in (0.0, 0.5, 1.0)]
     [0.0, 0.6667, 1.0]
     """
-    return safe_div(z, (1 - shape) + shape * z)
+    return safe_div(z, z + (1 - z) * (1 - shape))
+
+
+def inverse_sqrt(x: Array, alpha: Any) -> Array:
+    """``1 - h(x) / h(1)`` with ``h(x) = 1 / sqrt(1 + alpha x) - 1``: fast first, then slow.
+
+    Written without the differences of h, so that alpha = 0 gives its limit, the straight line.
+
+    >>> [round(float(inverse_sqrt(x, 8.0)), 4) for x in (0.0, 0.375, 1.0)]
+    [1.0, 0.25, 0.0]
+    """
+    here, last = jnp.sqrt(1 + alpha * x), jnp.sqrt(1 + alpha * jnp.ones_like(x))
+    return 1 - x * (last * (1 + last)) / (here * (1 + here))
+
+
+def shifted_exponential(x: Array) -> Array:
+    """``(exp(1-x) - 1) / (e - 1)``: an exponential that reaches 0 at x = 1."""
+    return jnp.expm1(1 - x) / jnp.expm1(jnp.ones_like(x))
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -67,6 +85,8 @@ PROFILES: Mapping[str, Profile] = {
     "square": lambda x: 1 - jnp.square(x),
     "mirror_cosine": lambda x: 2 * (1 - x) - half_cosine(x),
     "rex": lambda x: rational_map(1 - x, 0.5),
+    "rsqrt": lambda x: inverse_sqrt(x, 10.0),
+    "shifted_exponential": shifted_exponential,
 }
 """Curves from 1 to 0 by name."""
 

@@ -54,6 +54,8 @@ def wsd_schedule(
     ``square``        :math:`m + (P-m)(1-x^2)`
     ``mirror_cosine`` :math:`m + (P-m)(2(1-x) - (1+\cos \pi x)/2)`
     ``rex``           :math:`m + (P-m)(1-x)/(1-x/2)`, as in ``rex_schedule``
+    ``rsqrt``         :math:`m + (P-m)(1-h(x)/h(1))`, h = :math:`1/\sqrt{1+10x}-1`
+    ``shifted_...``   ``shifted_exponential``, as in ``exponential_cooldown``
     ``exponential``   :math:`P (m/P)^x`, m > 0
     ``inverse``       :math:`1/(x/m + (1-x)/P)`, m > 0: linear in the reciprocal
     ``half_life``     :math:`\max(P r^{(c-W-S)/h}, m)`: D plays no part
@@ -232,7 +234,7 @@ RECORDS = (
     Method(
         factory=wsd_schedule,
         kind="schedule",
-        summary="warm-up, stable phase, fast decay in one of nine shapes",
+        summary="warm-up, stable phase, fast decay in one of eleven shapes",
         example={"peak_value": 1e-3, "warmup_steps": 10, "stable_steps": 60, "decay_steps": 20},
         traced=_VALUES + _STEPS,
         static=("decay", "inclusive_end", "warmup"),

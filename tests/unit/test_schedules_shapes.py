@@ -1,5 +1,7 @@
 """The curves, the join and the cycles that all schedules are made of."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ QUARTERS = {
     "square": (15 / 16, 3 / 4, 7 / 16),
     "mirror_cosine": (1.5 - (1 + 0.5**0.5) / 2, 0.5, 0.5 - (1 - 0.5**0.5) / 2),
     "rex": (6 / 7, 2 / 3, 2 / 5),
+    "rsqrt": tuple(1 - ((1 + 10 * x) ** -0.5 - 1) / (11**-0.5 - 1) for x in (0.25, 0.5, 0.75)),
+    "shifted_exponential": tuple((math.exp(y) - 1) / (math.e - 1) for y in (0.75, 0.5, 0.25)),
     "exponential": (4 / 2**0.5, 2.0, 2**0.5),
     "inverse": (16 / 7, 1.6, 16 / 13),
 }
