@@ -5,6 +5,10 @@ checksum of every leaf. What does not fit the target raises one error that says 
 damaged checkpoint is found by its checksums. Orbax loads on first use, and nothing is pickled.
 """
 
+from optimkit.checkpoint.averaging import average_checkpoints as average_checkpoints
+from optimkit.checkpoint.averaging import average_saved as average_saved
+from optimkit.checkpoint.averaging import checkpoint_weights as checkpoint_weights
+from optimkit.checkpoint.averaging import decay_equivalent_weights as decay_equivalent_weights
 from optimkit.checkpoint.folder import Restored as Restored
 from optimkit.checkpoint.folder import restore as restore
 from optimkit.checkpoint.folder import save as save
