@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.lm import report
 from examples.lm.config import Config, ConfigError
-from optimkit.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from optimkit.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, Restored
 
 if TYPE_CHECKING:
     from examples.lm.train import Trainer
@@ -36,8 +36,8 @@ class Stopped(Exception):
         self.step, self.signal = step, number
 
 
-def checkpoints_of(config: Config) -> Checkpoints:
-    """The checkpoints below ``--out``.
+def checkpoints_of(config: Config, folder: Path) -> Checkpoints:
+    """The checkpoints of a run in its folder.
 
     Raises:
       ValueError: without ``--out``, for a wrong ``--keep``, or if a run that does not resume finds
@@ -45,7 +45,7 @@ def checkpoints_of(config: Config) -> Checkpoints:
     """
     if not config.out:
         raise ValueError("needs --out, the folder to keep checkpoints in")
-    checkpoints = Checkpoints(Path(config.out) / "checkpoints", keep=config.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
     saved = checkpoints.latest()
     if saved is not None and not config.resume:
         raise ValueError(
@@ -149,34 +149,42 @@ class Resume(report.Hook):
         if step > trainer.config.steps:
             raise ConfigError(f"--steps={trainer.config.steps} is less than the {step} steps made")
         print(f"going on from step {step} of {folder}", flush=True)
-        trainer.params, trainer.opt_state = found.trees["params"], found.trees["opt_state"]
-        trainer.step = step
-        trainer.history.rows[:] = [_row(numbers) for numbers in found.metadata["rows"]]
+        put_in_place(trainer, found)
 
     def _check_settings(self, trainer: Trainer) -> None:
         """Before anything is restored: a changed optimizer is better named than its leaves."""
         for step in reversed(self.checkpoints.steps()):
             try:
-                saved = self.checkpoints.restore(step).metadata
+                return check_settings(trainer, self.checkpoints, step, "--resume")
             except DamagedCheckpoint:
                 continue
             except CheckpointError as error:
                 raise ConfigError(f"--resume: {error}") from error
-            wanted = _metadata(trainer)
-            changed = [
-                f"--{name}={saved['config'][name]} there and {value} here"
-                for name, value in wanted["config"].items()
-                if name in saved["config"] and saved["config"][name] != value
-            ]
-            if saved["data"] != wanted["data"]:
-                changed.append("the text, which comes with Python, is another")
-            if changed:
-                raise ConfigError(
-                    f"--resume: the run in {self.checkpoints.folder} has other settings ("
-                    + "; ".join(changed)
-                    + "): give the same ones, or another --out"
-                )
-            return
+
+
+def check_settings(trainer: Trainer, checkpoints: Checkpoints, step: int, flag: str) -> None:
+    """Raises a ``ConfigError`` if a setting that shapes the run differs from the saved one."""
+    saved, wanted = checkpoints.restore(step).metadata, _metadata(trainer)
+    changed = [
+        f"--{name}={saved['config'][name]} there and {value} here"
+        for name, value in wanted["config"].items()
+        if name in saved["config"] and saved["config"][name] != value
+    ]
+    if saved["data"] != wanted["data"]:
+        changed.append("the text, which comes with Python, is another")
+    if changed:
+        raise ConfigError(
+            f"{flag}: the run in {checkpoints.folder} has other settings ("
+            + "; ".join(changed)
+            + "): give the same ones, or another --out"
+        )
+
+
+def put_in_place(trainer: Trainer, found: Restored) -> None:
+    """Hands parameters, optimizer state, step and rows of a checkpoint to a run."""
+    trainer.params, trainer.opt_state = found.trees["params"], found.trees["opt_state"]
+    trainer.step = found.metadata["next_step"]
+    trainer.history.rows[:] = [_row(numbers) for numbers in found.metadata["rows"]]
 
 
 def _metadata(trainer: Trainer) -> Mapping[str, Any]:

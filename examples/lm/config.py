@@ -6,7 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -42,6 +42,8 @@ class Config:
     width: int = _option(128, "length of the residual stream")
     depth: int = _option(4, "blocks")
     heads: int = _option(4, "attention heads")
+    qk_norm: bool = _option(False, "normalise queries and keys, against growing attention logits")
+    z_loss: float = _option(0.0, "weight of the z-loss in training, such as 1e-4; 0: none")
     spike_rate: float = _option(0.0, "share of the steps in which an array's gradient is spoilt")
     spike_factor: float = _option(1000.0, "what a spoilt gradient is multiplied by")
     spike_seed: int = _option(0, "chooses which gradients are spoilt")
@@ -55,6 +57,11 @@ class Config:
         0, "steps between checkpoints in --out, also after the last step; 0: none", shapes=False
     )
     keep: int = _option(3, "checkpoints to keep", shapes=False)
+    branch_from: int = _option(
+        0, "saved step of the run in --out to branch from, see branches.py; 0: none", shapes=False
+    )
+    cooldown: int = _option(0, "steps of a branch, over which the rate decays", shapes=False)
+    extend: int = _option(0, "steps to make the saved run in --out longer by", shapes=False)
     resume: bool = _option(False, "go on from the newest whole checkpoint in --out", shapes=False)
     tensorboard: bool = _option(False, "also write TensorBoard scalars into --out", shapes=False)
 
@@ -102,6 +109,21 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         _DEFINE[str(field.type)](
             field.name, field.default, field.metadata["help"], flag_values=values
         )
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """Lets a flag's name be written with hyphens.
+
+    >>> underscored(["train", "--branch-from=20", "--opt_args=a=-1"])
+    ['train', '--branch_from=20', '--opt_args=a=-1']
+    """
+
+    def one(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        is_flag = name.startswith("--") and name != "--"
+        return "--" + name[2:].replace("-", "_") + equals + value if is_flag else argument
+
+    return [one(argument) for argument in arguments]
 
 
 def config_from_flags(values: flags.FlagValues) -> Config:

@@ -202,6 +202,16 @@ class Curves(Hook):
         save_figure(figure, self.path)
 
 
+def mean_and_spread(values: Any, places: int = 3) -> str:
+    """Mean ± standard deviation over seeds; the mean alone of a single value.
+
+    >>> mean_and_spread([1.0, 3.0], places=2)
+    '2.00±1.41'
+    """
+    spread = f"±{np.std(values, ddof=1):.{places}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{places}f}{spread}"
+
+
 def figure_with_axes(count: int, *, width: float, height: float = 4.0) -> tuple[Any, list[Any]]:
     """A figure with ``count`` panels side by side over training steps; needs no display."""
     # The object interface, not pyplot: nothing global, and always the Agg renderer.

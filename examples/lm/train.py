@@ -6,14 +6,16 @@ r"""Trains the byte-level language model with any optimizer and any schedule of 
 
 ``--optimizer=adamw`` is optax's AdamW, the baseline. A run with ``--out=FOLDER
 --checkpoint_every=50`` can be stopped or killed, and gone on with by the same command with
-``--resume``. From Python: ``run(Config(steps=100))``.
+``--resume``. ``--branch-from=200 --cooldown=20`` finishes a model from a saved step, and
+``--extend=100`` makes a saved run longer: see ``branches.py``.
+
+From Python: ``run(Config(steps=100))``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import math
 import signal
@@ -32,6 +34,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from examples.lm import report
+from examples.lm.branches import Branch, Extended, branch_schedule, folder_of, main_line, resolved
 from examples.lm.checkpoints import CheckpointHook, Resume, Stopped, checkpoints_of
 from examples.lm.config import (
     Config,
@@ -42,11 +45,13 @@ from examples.lm.config import (
     define_flags,
     parse_keywords,
     settings,
+    underscored,
 )
 from examples.lm.data import python_manual
 from examples.lm.model import LanguageModel, Linear, ModelConfig
 from examples.lm.spikes import spike_gradients
 from optimkit import catalog
+from optimkit.nn import z_loss
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -60,10 +65,14 @@ def build_schedule(config: Config) -> optax.Schedule:
         if config.schedule == "constant":
             if keywords:
                 raise ValueError(f"constant takes no --schedule_args, got {config.schedule_args!r}")
-            return optax.constant_schedule(config.learning_rate)
-        factory = catalog.find(config.schedule, "schedule").factory
-        peak = next(iter(inspect.signature(factory).parameters))
-        return catalog.make(config.schedule, "schedule", **{peak: config.learning_rate, **keywords})
+            made = optax.constant_schedule(config.learning_rate)
+            keywords = {"peak_value": config.learning_rate}
+        else:
+            factory = catalog.find(config.schedule, "schedule").factory
+            peak = next(iter(inspect.signature(factory).parameters))
+            keywords = {peak: config.learning_rate, **keywords}
+            made = catalog.make(config.schedule, "schedule", **keywords)
+    return branch_schedule(config, keywords) if config.branch_from else made
 
 
 def build_optimizer(config: Config, rate: Any) -> optax.GradientTransformationExtraArgs:
@@ -113,22 +122,32 @@ GIVEN_EXTRAS = ("value", "grad", "value_fn")
 """Extra arguments that the step hands to the optimizer."""
 
 
-def make_steps(graphdef: Any, tx: optax.GradientTransformationExtraArgs) -> tuple[Any, Any]:
-    """The two pure functions of a run: ``train_step`` and ``eval_step``."""
+def make_steps(
+    graphdef: Any, tx: optax.GradientTransformationExtraArgs, z_coefficient: float = 0.0
+) -> tuple[Any, Any]:
+    """The two pure functions of a run: ``train_step`` and ``eval_step``.
+
+    Training minimises the cross-entropy and ``z_coefficient`` times the z-loss; what is reported is
+    the cross-entropy alone.
+    """
+
+    def losses(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, params)(batch[:, :-1])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+        return loss + z_loss(logits, z_coefficient) if z_coefficient else loss, loss
 
     def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(batch[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+        return losses(params, batch)[1]
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Any]:
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        (value, loss), grads = jax.value_and_grad(losses, has_aux=True)(params, batch)
         updates, opt_state = tx.update(
             grads,
             opt_state,
             params,
-            value=loss,
+            value=value,
             grad=grads,
-            value_fn=functools.partial(loss_fn, batch=batch),
+            value_fn=lambda params: losses(params, batch)[0],
         )
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, metrics
@@ -161,7 +180,7 @@ class Trainer:
         tx: optax.GradientTransformation | None = None,
         linear: Linear = nnx.Linear,
     ):
-        self.config = config
+        self.config = config = resolved(config)
         self.hooks = tuple(hooks)
         self.schedule = build_schedule(config)
         tx = tx or build_optimizer(config, self.schedule)
@@ -179,10 +198,14 @@ class Trainer:
             self.data = python_manual(
                 seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
             )
-            shape = ModelConfig(width=config.width, depth=config.depth, heads=config.heads)
+            if config.z_loss < 0:
+                raise ValueError(f"--z_loss must not be negative, got {config.z_loss}")
+            shape = ModelConfig(
+                width=config.width, depth=config.depth, heads=config.heads, qk_norm=config.qk_norm
+            )
         model = LanguageModel(shape, rngs=nnx.Rngs(config.seed), linear=linear)
         graphdef, params = nnx.split(model)
-        train_step, eval_step = make_steps(graphdef, self.tx)
+        train_step, eval_step = make_steps(graphdef, self.tx, config.z_loss)
         # The old parameters and state are donated: their memory becomes that of the new ones.
         self.train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=replicated)
         self.eval_step = jax.jit(eval_step)
@@ -269,18 +292,27 @@ def run(config: Config, hooks: Sequence[report.Hook] = (), **kwargs: Any) -> rep
 def standard_hooks(config: Config) -> list[report.Hook]:
     """What the command line shows and writes."""
     hooks: list[report.Hook] = []
-    if config.resume:
+    extend, config = config.extend, resolved(config)
+    folder = folder_of(config)
+    if config.branch_from:
+        first_step: report.Hook = Branch(main_line(config), config.branch_from)
+        if config.resume and checkpoints_of(config, folder).steps():
+            first_step = Resume(checkpoints_of(config, folder))
+        hooks.append(first_step)
+    elif config.resume:
         with settings("--resume"):
-            hooks.append(Resume(checkpoints_of(config)))
+            hooks.append(Resume(checkpoints_of(config, folder)))
+    if extend:
+        hooks.append(Extended())
     hooks.append(report.ProgressBar(config.optimizer))
     if config.out:
-        hooks += [report.CsvLog(Path(config.out)), report.Curves(Path(config.out))]
+        hooks += [report.CsvLog(folder), report.Curves(folder)]
     if config.tensorboard:
         with settings("--tensorboard"):
-            hooks.append(report.TensorBoardLog(Path(config.out or "out")))
+            hooks.append(report.TensorBoardLog(folder if config.out else Path("out")))
     if config.checkpoint_every:
         with settings("--checkpoint_every"):
-            hooks.append(CheckpointHook(checkpoints_of(config), config.checkpoint_every))
+            hooks.append(CheckpointHook(checkpoints_of(config, folder), config.checkpoint_every))
     return hooks
 
 
@@ -295,6 +327,7 @@ def main(argv: Sequence[str]) -> None:
         if argv[1:]:
             raise ConfigError(f"every setting is a --flag=value, got {list(argv[1:])}")
         trainer = Trainer(config, standard_hooks(config))
+        config = trainer.config
         print(trainer.data.source)
         print(trainer.title, flush=True)
         history = trainer.run()
@@ -314,9 +347,10 @@ def main(argv: Sequence[str]) -> None:
         f"{history.bytes_per_parameter:.2f} bytes a parameter"
     )
     if config.out:
-        print(f"wrote {Path(config.out) / 'metrics.csv'} and {Path(config.out) / 'curves.png'}")
+        folder = folder_of(config)
+        print(f"wrote {folder / 'metrics.csv'} and {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, argv=underscored(sys.argv))

@@ -65,6 +65,17 @@ def test_the_linear_layer_of_the_seven_projections_can_be_replaced():
     assert made == 2 * (4 * [(32, 32)] + 2 * [(32, 96)] + [(96, 32)])
 
 
+def test_with_qk_norm_the_size_of_queries_and_keys_does_not_matter():
+    shape = ModelConfig(width=32, depth=1, heads=2, qk_norm=True)
+    model = LanguageModel(shape, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(2 * 8).reshape(2, 8)
+    before = model(tokens)
+    projection = model.layers[0].attention.q_proj
+    projection.kernel[...] = 1e3 * projection.kernel[...]
+    np.testing.assert_allclose(model(tokens), before, atol=1e-3)
+    assert model.layers[0].attention.q_norm.scale.shape == (16,)
+
+
 @pytest.mark.parametrize("shape", [{"width": 30, "heads": 4}, {"depth": 0}])
 def test_an_impossible_shape_is_refused(shape):
     with pytest.raises(ConfigError, match="heads"):
@@ -234,6 +245,7 @@ def test_two_devices_give_the_losses_of_one():
         ({"mesh": "data=64"}, "needs 64 devices"),
         ({"mesh": "model=2"}, "data=N"),
         ({"steps": 0}, "steps"),
+        ({"z_loss": -1.0}, "z_loss must not be negative"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(changes, message):
