@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from optimkit.benchmark import step_cost
+from optimkit.benchmark import estimators, matrices, step_cost
 
-TABLES = (step_cost,)
+TABLES = (step_cost, matrices, estimators)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

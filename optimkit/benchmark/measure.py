@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,14 +51,23 @@ class Step(NamedTuple):
         return self._replace(params=params, state=state)
 
 
-def compile_step(tx: optax.GradientTransformation, params: PyTree, grads: PyTree) -> Step:
-    """Compiles update and ``apply_updates`` as one step that may reuse its inputs' memory."""
+def compile_step(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    grads: PyTree,
+    extras: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
+) -> Step:
+    """Compiles update and ``apply_updates`` as one step that may reuse its inputs' memory.
+
+    ``extras``, as in a method's record, makes the extra arguments of ``update``.
+    """
     tx = optax.with_extra_args_support(tx)
     params = jax.tree.map(jnp.copy, params)
     state = jax.jit(tx.init)(params)
 
     def step(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
-        updates, state = tx.update(grads, state, params)
+        given = extras(params, grads) if extras else {}
+        updates, state = tx.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
@@ -67,6 +77,13 @@ def compile_step(tx: optax.GradientTransformation, params: PyTree, grads: PyTree
 def temporary_bytes(step: Step) -> int:
     """Bytes that the compiled step needs beside its arguments and results."""
     return step.compiled.memory_analysis().temp_size_in_bytes
+
+
+def peak_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program holds at most: what goes in, comes out and lies between."""
+    found = compiled.memory_analysis()
+    given = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return given + found.temp_size_in_bytes
 
 
 def time_together(

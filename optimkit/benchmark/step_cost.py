@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -48,15 +48,15 @@ def table(
     grads = jax.tree.map(lambda p: p * 0.1 + 1e-3, params)
     number = measure.size_of(params)
     records = catalog.records("recipe")
-    makers = {"optax.adamw": (optax.adamw(1e-3), ADAMW_FLOOR, True)}
+    makers: dict[str, Any] = {"optax.adamw": (optax.adamw(1e-3), ADAMW_FLOOR, True, None)}
     for name in names or records:
         record = catalog.find(name, "recipe")
         by_bytes = record.communication in ("none", "reduce")
-        makers[name] = (record.build(), record.moved_bytes, by_bytes)
+        makers[name] = (record.build(), record.moved_bytes, by_bytes, record.extras)
     rows_out = []
     reference = measure.compile_step(makers["optax.adamw"][0], params, grads)
-    for name, (tx, floor, by_bytes) in makers.items():
-        step = measure.compile_step(tx, params, grads)
+    for name, (tx, floor, by_bytes, extras) in makers.items():
+        step = measure.compile_step(tx, params, grads, extras)
         # Timing hands the buffers on, so the reference starts from those it ended with.
         seconds, ended = measure.time_together({"base": reference, name: step}, rounds)
         reference = ended["base"]

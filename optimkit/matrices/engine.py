@@ -1,24 +1,37 @@
-"""The matrix engine: one batched kernel for all matrices of a size, spread over the mesh.
+"""The matrix engine: batched kernels for the matrices of a tree, spread over the mesh.
 
-Leaves of any layout are seen as stacks of matrices with rows <= cols, stacks of one size and dtype
-are joined into a bucket, a kernel runs once a bucket, and every leaf gets its part back. On an
-explicit mesh each device computes its share of a bucket's matrices.
+Leaves of any layout are seen as stacks of matrices with rows <= cols. Matrices of one size and
+dtype are joined into chunks, a kernel runs once a chunk, and every leaf gets its part back. One
+chunk follows the other, so that temporary memory is that of a chunk and not that of the tree. On a
+mesh, the matrices of a chunk are divided among the devices: each gets whole ones, and hands them
+back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from optimkit.layout import MatrixAxesOverride, matrix_axes, matrix_shape, path_name
-from optimkit.numerics import narrow
+from optimkit.matrices import placement
+from optimkit.matrices.placement import gather as gather
+from optimkit.matrices.placement import place_like as place_like
+from optimkit.matrices.placement import replicated as replicated
+from optimkit.numerics import in_turn, narrow
 from optimkit.protocols import Array, MatrixAxes, PyTree
+
+LEAST_ENTRIES = {"cpu": 2**17}
+"""Entries a device that a chunk has at least, by platform: what keeps its cores busy."""
+
+LEAST_ENTRIES_ELSEWHERE = 2**22
+
+PARTS = 32
+"""A chunk is no larger than this fraction of the tree's matrices, unless that is too little."""
 
 
 def leaf_axes(tree: PyTree, override: MatrixAxesOverride = None) -> list[MatrixAxes | None]:
@@ -40,6 +53,8 @@ def map_matrices(
     *,
     dtype: Any = None,
     bucket: bool = True,
+    chunk: int | None = None,
+    axis_names: Sequence[str] | None = None,
 ) -> PyTree:
     """Applies a kernel for stacks of matrices to all matrices of a tree.
 
@@ -52,13 +67,22 @@ def map_matrices(
       dtype: what the matrices are cast to before they travel between devices, and what the kernel
         gets. Default: each leaf's own.
       bucket: join leaves whose matrices have the same size. False runs the kernel leaf by leaf:
-        the same numbers, less memory, more and smaller products.
+        the same numbers, more and smaller products.
+      chunk: most entries a device that the kernel gets at once, one matrix at least. Default: a
+        32nd of the matrices of the tree, or what the platform needs to be busy if that is more.
+      axis_names: mesh axes among whose devices the matrices are divided; default all. Devices along
+        other axes repeat the work. Without a mesh it has no effect.
 
     Returns:
       A tree like ``tree``: every leaf with its own shape, dtype and, on an explicit mesh, its own
       sharding.
 
-    On one device, inside ``shard_map``, and on automatic meshes nothing is moved by hand.
+    Raises:
+      ValueError: for a mesh axis that does not exist.
+
+    On an explicit mesh a sharded leaf travels as all-to-all, there and back; what is gathered is
+    what lies replicated at the end. On an automatic mesh the compiler is told to divide the work
+    and finds the way. Inside ``shard_map`` and ``pmap`` every device works on what it has.
 
     >>> import jax.numpy as jnp
     >>> tree = {"wide": jnp.ones((2, 3)), "tall": jnp.ones((3, 2))}
@@ -68,45 +92,149 @@ def map_matrices(
     """
     leaves, structure = jax.tree.flatten(tree)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    buckets: dict[Hashable, list[tuple[int, MatrixAxes]]] = {}
+    buckets: dict[Hashable, list[_Leaf]] = {}
     for index, (leaf, seen_as) in enumerate(zip(leaves, axes, strict=True)):
         if seen_as is None or leaf.size == 0:
             continue
-        _, inputs, outputs = matrix_shape(leaf.shape, seen_as)
-        size = (min(inputs, outputs), max(inputs, outputs))
-        key = (size, jnp.dtype(dtype or leaf.dtype)) if bucket else index
-        buckets.setdefault(key, []).append((index, seen_as))
+        ends = placement.mergeable(leaf, seen_as) if placement.explicit_axes(leaf) else ()
+        member = _Leaf(index, leaf, seen_as, *matrix_shape(leaf.shape, seen_as), ends)
+        mesh = jax.typeof(leaf).sharding.mesh
+        key = (*member.size, jnp.dtype(dtype or leaf.dtype), mesh)
+        if not bucket or _holds_whole_matrices(member):
+            key = (key, index)
+        buckets.setdefault(key, []).append(member)
+    total = sum(member.leaf.size for members in buckets.values() for member in members)
+    parts: dict[int, list[Array]] = {}
+    previous = None
     for members in buckets.values():
-        stacks = [_to_stack(leaves[i], seen_as, dtype or leaves[i].dtype) for i, seen_as in members]
-        joined = _spread(kernel, jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
-        start = 0
-        for (i, seen_as), stack in zip(members, stacks, strict=True):
-            part = joined[start : start + stack.shape[0]]
-            leaves[i] = _from_stack(part, leaves[i], seen_as)
-            start += stack.shape[0]
+        names = _mesh_axes(members[0].leaf, axis_names)
+        devices = _devices(members[0].leaf, names)
+        to = dtype or members[0].leaf.dtype
+        for alike, spec in _by_place(members, devices):
+            for pieces in _chunks(alike, chunk or max(_least_entries(), total // PARTS), devices):
+                stacks = [_to_stack(piece, spec, previous) for piece in pieces]
+                done = _run(kernel, narrow(_join(stacks), to), names)
+                if not names:
+                    previous = jnp.sum(jnp.square(done[0, 0].astype(jnp.float32)))
+                start = 0
+                for piece, stack in zip(pieces, stacks, strict=True):
+                    part = done[start : start + len(stack)] if len(pieces) > 1 else done
+                    parts.setdefault(piece.member.place, []).append(part)
+                    start += len(stack)
+        for member in members:
+            leaves[member.place] = _from_stack(_join(parts.pop(member.place)), member)
     return structure.unflatten(leaves)
 
 
-def _to_stack(leaf: Array, axes: MatrixAxes, dtype: Any) -> Array:
-    """A leaf as (batch, m, n) with m <= n, cast, and whole on every device."""
-    batch, inputs, outputs = matrix_shape(leaf.shape, axes)
-    whole = gather(narrow(leaf, dtype))
-    stack = jnp.transpose(whole, (*axes.batch, *axes.inputs, *axes.outputs))
-    stack = jnp.reshape(stack, (batch, inputs, outputs))
-    return jnp.swapaxes(stack, 1, 2) if inputs > outputs else stack
+class _Leaf(NamedTuple):
+    """One leaf, and how it is seen."""
+
+    place: int
+    leaf: Array
+    axes: MatrixAxes
+    number: int
+    inputs: int
+    outputs: int
+    ends: placement.Spec
+    """On an explicit mesh, where the leaf lies when its axes are merged; otherwise empty."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns, rows <= cols."""
+        return min(self.inputs, self.outputs), max(self.inputs, self.outputs)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of the leaf in the order of the stack's."""
+        return (*self.axes.batch, *self.axes.inputs, *self.axes.outputs)
+
+    @property
+    def in_order(self) -> bool:
+        return self.order == tuple(range(self.leaf.ndim))
+
+    @property
+    def oriented(self) -> placement.Spec:
+        """Where the stack (batch, rows, columns) lies."""
+        if self.inputs <= self.outputs or not self.ends:
+            return self.merged
+        batch, inputs, outputs = self.merged
+        return batch, outputs, inputs
+
+    @property
+    def merged(self) -> placement.Spec:
+        """Where the stack (batch, inputs, outputs) lies."""
+        return tuple(self.ends[axes[0]] if axes else () for axes in self.axes) if self.ends else ()
 
 
-def _from_stack(stack: Array, leaf: Array, axes: MatrixAxes) -> Array:
-    """The inverse of ``_to_stack``: shape, dtype and sharding of ``leaf``."""
-    _, inputs, outputs = matrix_shape(leaf.shape, axes)
-    order = (*axes.batch, *axes.inputs, *axes.outputs)
-    stack = jnp.swapaxes(stack, 1, 2) if inputs > outputs else stack
-    whole = jnp.reshape(stack, tuple(leaf.shape[axis] for axis in order))
-    whole = jnp.transpose(whole, tuple(order.index(axis) for axis in range(leaf.ndim)))
-    sharding = jax.typeof(leaf).sharding
-    if _explicit_axes(sharding.mesh):
-        whole = jax.reshard(whole, sharding)
-    return whole.astype(leaf.dtype)
+class _Piece(NamedTuple):
+    """Some of the matrices of a leaf."""
+
+    member: _Leaf
+    start: int
+    stop: int
+
+
+def _least_entries() -> int:
+    return LEAST_ENTRIES.get(jax.default_backend(), LEAST_ENTRIES_ELSEWHERE)
+
+
+def _chunks(members: list[_Leaf], entries: int, devices: int) -> Iterator[list[_Piece]]:
+    """Divides the matrices of a bucket into chunks of about equal number."""
+    count = sum(member.number for member in members)
+    rows, cols = members[0].size
+    most = max(1, entries // (rows * cols)) * devices
+    each = math.ceil(count / math.ceil(count / most) / devices) * devices
+    if _holds_whole_matrices(members[0]):
+        each = count
+    pieces, room = [], each
+    for member in members:
+        start = 0
+        while start < member.number:
+            stop = min(member.number, start + room)
+            pieces.append(_Piece(member, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield pieces
+                pieces, room = [], each
+    if pieces:
+        yield pieces
+
+
+def _join(stacks: list[Array]) -> Array:
+    """One stack of several, in the widest of their dtypes."""
+    return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+
+
+def _to_stack(piece: _Piece, spec: placement.Spec, previous: Array | None) -> Array:
+    """The matrices of a piece as (batch, m, n) with m <= n, laid as ``spec`` says on a mesh."""
+    member = piece.member
+    leaf = in_turn(member.leaf, previous)
+    if member.ends:
+        leaf = placement.walk(leaf, member.ends)
+    if not member.in_order:
+        leaf = jnp.transpose(leaf, member.order)
+    shape = (member.number, member.inputs, member.outputs)
+    stack = placement.reshape(leaf, shape, member.merged)
+    if member.inputs > member.outputs:
+        stack = jnp.swapaxes(stack, 1, 2)
+    if piece.stop - piece.start < member.number:
+        stack = stack[piece.start : piece.stop]
+    return placement.walk(stack, spec) if spec else stack
+
+
+def _from_stack(stack: Array, member: _Leaf) -> Array:
+    """The inverse of ``_to_stack`` for all matrices of a leaf: its shape, dtype and sharding."""
+    leaf, order = member.leaf, member.order
+    if member.inputs > member.outputs:
+        stack = jnp.swapaxes(stack, 1, 2)
+    if member.ends:
+        stack = placement.walk(stack, member.merged)
+    ends = tuple(member.ends[axis] for axis in order) if member.ends else ()
+    split = placement.reshape(stack, [leaf.shape[axis] for axis in order], ends)
+    if not member.in_order:
+        split = jnp.transpose(split, [order.index(axis) for axis in range(leaf.ndim)])
+    return place_like(split, leaf).astype(leaf.dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,28 +242,88 @@ def _from_stack(stack: Array, leaf: Array, axes: MatrixAxes) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
-def _explicit_axes(mesh: Any) -> tuple[str, ...]:
-    """Names of the mesh axes whose use the types of the arrays say; empty without a mesh."""
-    return tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
-
-
-def gather(x: Array) -> Array:
-    """The whole array on every device: axes of a sharded one can be neither merged nor joined."""
+def _mesh_axes(x: Array, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes over which work on ``x`` is divided; empty inside ``shard_map``."""
     mesh = jax.typeof(x).sharding.mesh
-    return jax.reshard(x, NamedSharding(mesh, P())) if _explicit_axes(mesh) else x
+    for name in chosen or ():
+        if mesh.axis_names and name not in mesh.axis_names:
+            raise ValueError(f"axis_names: the mesh has axes {mesh.axis_names}, none is {name!r}")
+    names = placement.explicit_axes(x) or placement.axes_of_kind(mesh, AxisType.Auto)
+    return tuple(name for name in names if chosen is None or name in chosen)
 
 
-def _spread(kernel: Callable[[Array], Array], stack: Array) -> Array:
-    """Runs the kernel with the matrices of a replicated stack divided among the devices."""
-    mesh, count = jax.typeof(stack).sharding.mesh, stack.shape[0]
-    names = _explicit_axes(mesh)
-    devices = math.prod(mesh.shape[name] for name in names)
-    if devices == 1 or count == 1:
-        return kernel(stack)
-    padded = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-    shares = jax.reshard(padded, NamedSharding(mesh, P(names, None, None)))
-    return jax.reshard(kernel(shares), NamedSharding(mesh, P()))[:count]
+def _devices(x: Array, names: Sequence[str]) -> int:
+    mesh = jax.typeof(x).sharding.mesh
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _holds_whole_matrices(member: _Leaf) -> bool:
+    """Whether devices hold different matrices of a stacked leaf already."""
+    return bool(member.ends and member.merged[0])
+
+
+def _by_place(members: list[_Leaf], devices: int) -> Iterator[tuple[list[_Leaf], placement.Spec]]:
+    """Divides a bucket by where its leaves lie on an explicit mesh; the places are of stacks.
+
+    Leaves of one place travel together if their matrices fill all devices. The rest is brought to
+    one place, where most of its entries lie.
+    """
+    places: dict[placement.Spec, list[_Leaf]] = {}
+    for member in members:
+        places.setdefault(member.oriented, []).append(member)
+    rest: dict[placement.Spec, list[_Leaf]] = {}
+    for spec, alike in places.items():
+        if sum(member.number for member in alike) % devices == 0:
+            yield alike, spec
+        else:
+            rest[spec] = alike
+
+    def weight(spec: placement.Spec) -> int:
+        # What is replicated can be divided without traffic, so any other place wins over it.
+        return sum(member.leaf.size for member in rest[spec]) if any(spec) else 0
+
+    if rest:
+        yield [member for alike in rest.values() for member in alike], max(rest, key=weight)
+
+
+def _run(kernel: Callable[[Array], Array], stack: Array, names: tuple[str, ...]) -> Array:
+    """Runs the kernel on a stack, its matrices divided among the devices of some mesh axes."""
+    missing = -len(stack) % _devices(stack, names)
+    if missing:
+        stack = jnp.pad(stack, ((0, missing), (0, 0), (0, 0)))
+    if placement.explicit_axes(stack):
+        before = placement.spec_of(stack)
+        stack = placement.walk(stack, placement.whole_matrices(stack, names))
+        done = placement.walk(_apart(kernel, stack), before)
+    elif names:
+        way = _automatic_way(stack, names)
+        for place in way:
+            stack = jax.lax.with_sharding_constraint(stack, place)
+        done = _apart(kernel, stack)
+        for place in reversed(way):
+            done = jax.lax.with_sharding_constraint(done, place)
+    else:
+        done = _apart(kernel, stack)
+    return done[: len(done) - missing] if missing else done
+
+
+def _apart(kernel: Callable[[Array], Array], stack: Array) -> Array:
+    """The kernel, its products kept apart from the transposes around it.
+
+    With a transposed layout as part of a product of bfloat16, XLA on CPUs refuses to run it.
+    """
+    return jax.lax.optimization_barrier(kernel(jax.lax.optimization_barrier(stack)))
+
+
+def _automatic_way(stack: Array, names: tuple[str, ...]) -> list[NamedSharding]:
+    """What to tell the compiler: to whole matrices by way of divided rows, or columns.
+
+    Matrices are put into a stack of divided rows, and cut out of it, without traffic.
+    """
+    mesh, devices = jax.typeof(stack).sharding.mesh, _devices(stack, names)
+    way = [placement.sharding(mesh, (names, (), ()))]
+    sides = [side for side in (1, 2) if stack.shape[side] % devices == 0]
+    if sides:
+        spec = ((), names, ()) if sides[0] == 1 else ((), (), names)
+        way.insert(0, placement.sharding(mesh, spec))
+    return way

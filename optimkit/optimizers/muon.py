@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import optax
 
 from optimkit.layout import MatrixAxesOverride
 from optimkit.matrices.newton_schulz import KELLER, NsCoeffs
+from optimkit.matrices.parts import SplitOutputs
 from optimkit.numerics import check_choice, check_range
 from optimkit.protocols import GradientTransformation, LeafSelector, Mask, Method, ScalarOrSchedule
 from optimkit.transforms.matrix_shape import SCALINGS, scale_by_matrix_shape
+from optimkit.transforms.normuon import scale_by_normuon
 from optimkit.transforms.orthogonalize import scale_by_muon
 from optimkit.wrappers.by_kind import matrix_recipe
 
@@ -32,6 +35,9 @@ def muon(
     bucket: bool = True,
     matrix_leaves: LeafSelector = None,
     matrix_axes: MatrixAxesOverride = None,
+    split_outputs: SplitOutputs = None,
+    axis_names: Sequence[str] | None = None,
+    normuon_b2: Any = None,
     adam_learning_rate: ScalarOrSchedule = None,
     adam_b1: Any = 0.9,
     adam_b2: Any = 0.95,
@@ -73,6 +79,12 @@ def muon(
       matrix_axes: which axes are inputs and outputs where name and shape do not tell:
         ``{pattern: MatrixAxes}`` or ``(path, leaf) -> MatrixAxes``. Batch axes (scanned layers,
         experts) hold matrices of their own.
+      split_outputs: ``{pattern: sizes}`` for kernels that are several matrices side by side, such
+        as fused queries, keys and values. (Heads on an axis of their own are a batch: see
+        ``matrix_axes``.)
+      axis_names: mesh axes among whose devices the matrices are divided; default all.
+      normuon_b2: decay of NorMuon's mean square per output channel (``scale_by_normuon``), in
+        [0, 1); its authors' is 0.95. None: plain Muon.
       adam_learning_rate: rate of the other leaves, or a schedule; None: ``learning_rate``. The
         authors' is 3e-4.
       adam_b1: decay of Adam's first moment, in [0, 1).
@@ -83,7 +95,7 @@ def muon(
 
     Returns:
       An optimizer that needs ``params``; 4 bytes of state a f32 parameter of a matrix, 8 of another
-      leaf (AdamW: 8). On an explicit mesh every device orthogonalises its share of the matrices.
+      leaf (AdamW: 8). On a mesh every device orthogonalises its share of the matrices.
 
     Raises:
       ValueError: if an argument is out of range, a gradient has another shape, a leaf's layout is
@@ -111,6 +123,8 @@ def muon(
     check_range(momentum=momentum, ge=0, lt=1)
     check_choice(SCALINGS, scaling=scaling)
     check_choice(("ema", "sum"), momentum_form=momentum_form)
+    check_range(normuon_b2=normuon_b2, ge=0, lt=1)
+    views: dict[str, Any] = {"matrix_axes": matrix_axes, "split_outputs": split_outputs}
     direction = optax.chain(
         scale_by_muon(
             momentum,
@@ -122,9 +136,11 @@ def muon(
             ns_dtype,
             bucket,
             mu_dtype=mu_dtype,
-            matrix_axes=matrix_axes,
+            axis_names=axis_names,
+            **views,
         ),
-        scale_by_matrix_shape(scaling, matrix_axes=matrix_axes),
+        *(() if normuon_b2 is None else (scale_by_normuon(normuon_b2, **views),)),
+        scale_by_matrix_shape(scaling, **views),
     )
     return matrix_recipe(
         direction,
@@ -153,6 +169,7 @@ RECORD = Method(
         "momentum",
         "weight_decay",
         "eps",
+        "normuon_b2",
         "adam_learning_rate",
         "adam_b1",
         "adam_b2",
@@ -171,6 +188,8 @@ RECORD = Method(
         "bucket",
         "matrix_leaves",
         "matrix_axes",
+        "split_outputs",
+        "axis_names",
         "adam_eps_form",
     ),
     needs=("params",),

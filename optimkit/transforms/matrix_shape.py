@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -13,6 +12,7 @@ from optimkit import layout
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, check_real
 from optimkit.matrices.engine import leaf_axes
+from optimkit.matrices.parts import SplitOutputs, check_split, cut_outputs
 from optimkit.numerics import check_choice, compute_dtype, narrow
 from optimkit.protocols import GradientTransformation, MatrixAxes, Method, PyTree, transformation
 
@@ -41,6 +41,7 @@ def scale_by_matrix_shape(
     scaling: Literal["keller", "moonlight", "spectral", "none"] = "keller",
     *,
     matrix_axes: MatrixAxesOverride = None,
+    split_outputs: SplitOutputs = None,
 ) -> GradientTransformation:
     r"""Multiplies every matrix by a factor of its outputs (rows) and inputs (columns).
 
@@ -58,13 +59,15 @@ def scale_by_matrix_shape(
         inputs.
       matrix_axes: which axes are inputs and outputs where name and shape do not tell:
         ``{pattern: MatrixAxes}`` or ``(path, leaf) -> MatrixAxes``.
+      split_outputs: ``{pattern: sizes}`` for kernels that are several matrices side by side, each
+        with its own factor.
 
     Returns:
       A transformation without state; the factors are constants. Vectors and scalars pass as they
       are, and each layer of a stack counts on its own.
 
     Raises:
-      ValueError: for an unknown rule, or an ambiguous layout.
+      ValueError: for an unknown rule, an ambiguous layout, or sizes that do not add up.
 
     >>> import jax.numpy as jnp
     >>> tx = scale_by_matrix_shape("spectral")
@@ -79,7 +82,7 @@ def scale_by_matrix_shape(
     check_choice(SCALINGS, scaling=scaling)
 
     def init(params: PyTree) -> optax.EmptyState:
-        leaf_axes(params, matrix_axes)
+        check_split(params, leaf_axes(params, matrix_axes), split_outputs)
         return optax.EmptyState()
 
     def update(
@@ -89,14 +92,14 @@ def scale_by_matrix_shape(
         check_real(updates, "gradient")
         if params is not None:
             check_match(updates, params, what="gradient", like="the parameters")
-        leaves, structure = jax.tree.flatten(updates)
-        for index, axes in enumerate(leaf_axes(updates, matrix_axes)):
+        leaves, seen, join = cut_outputs(updates, leaf_axes(updates, matrix_axes), split_outputs)
+        for index, axes in enumerate(seen):
             if axes is not None:
                 leaf = leaves[index]
                 wide = jnp.asarray(leaf, compute_dtype(leaf))
                 factor = matrix_scale(scaling, wide.shape, axes)
                 leaves[index] = narrow(factor * wide, jnp.result_type(leaf))
-        return structure.unflatten(leaves), state
+        return join(leaves), state
 
     return transformation(init, update)
 
@@ -105,7 +108,7 @@ RECORD = Method(
     factory=scale_by_matrix_shape,
     kind="piece",
     summary="factor of the outputs and inputs of every matrix",
-    static=("scaling", "matrix_axes"),
+    static=("scaling", "matrix_axes", "split_outputs"),
     position="middle",
     communication="none",
     response="proportional",

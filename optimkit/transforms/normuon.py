@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, check_real
 from optimkit.matrices.engine import leaf_axes
+from optimkit.matrices.parts import SplitOutputs, check_split, cut_outputs
 from optimkit.numerics import check_range, compute_dtype, narrow, safe_norm, saturate
 from optimkit.protocols import (
     Array,
@@ -28,7 +29,11 @@ class ScaleByNormuonState(NamedTuple):
 
 
 def scale_by_normuon(
-    b2: Any = 0.95, eps: Any = 1e-10, *, matrix_axes: MatrixAxesOverride = None
+    b2: Any = 0.95,
+    eps: Any = 1e-10,
+    *,
+    matrix_axes: MatrixAxesOverride = None,
+    split_outputs: SplitOutputs = None,
 ) -> GradientTransformation:
     r"""Divides each output channel by the root of its running mean square; keeps the matrix norm.
 
@@ -45,6 +50,8 @@ def scale_by_normuon(
       eps: guards both quotients, > 0.
       matrix_axes: which axes are inputs and outputs where name and shape do not tell:
         ``{pattern: MatrixAxes}`` or ``(path, leaf) -> MatrixAxes``.
+      split_outputs: ``{pattern: sizes}`` for kernels that are several matrices side by side, each
+        of which keeps its own norm.
 
     Returns:
       A transformation for the place between ``orthogonalize_updates`` and
@@ -53,8 +60,8 @@ def scale_by_normuon(
       ``shard_map`` each device must hold whole leaves.
 
     Raises:
-      ValueError: if an argument is out of range, a gradient has another shape, or a layout is
-        ambiguous.
+      ValueError: if an argument is out of range, a gradient has another shape, a layout is
+        ambiguous, or sizes do not add up.
 
     For a convolution the authors' code takes mean and norm over the last window axes only; this
     takes all inputs of a channel, and the whole matrix. The rule is written from their code; no
@@ -76,6 +83,7 @@ def scale_by_normuon(
     def init(params: PyTree) -> ScaleByNormuonState:
         structure = jax.tree.structure(params)
         leaves, axes = jax.tree.leaves(params), leaf_axes(params, matrix_axes)
+        check_split(params, axes, split_outputs)
         return ScaleByNormuonState(structure.unflatten(map(_zeros, leaves, axes)))
 
     def update(
@@ -91,12 +99,12 @@ def scale_by_normuon(
         axes = leaf_axes(updates, matrix_axes)
         expected = jax.eval_shape(init, updates).output_nu
         check_match(state.output_nu, expected, what="state", like="the gradient's")
-        leaves, structure = jax.tree.flatten(updates)
-        moments = jax.tree.leaves(state.output_nu)
+        moments, _, join_moments = cut_outputs(state.output_nu, axes, split_outputs)
+        leaves, axes, join = cut_outputs(updates, axes, split_outputs)
         for index, seen_as in enumerate(axes):
             if seen_as is not None and jnp.size(leaves[index]):
                 leaves[index], moments[index] = step(leaves[index], moments[index], seen_as)
-        return structure.unflatten(leaves), ScaleByNormuonState(structure.unflatten(moments))
+        return join(leaves), ScaleByNormuonState(join_moments(moments))
 
     def step(leaf: Array, nu: Array, axes: MatrixAxes) -> tuple[Array, Array]:
         x = saturate(jnp.asarray(leaf, compute_dtype(leaf)))
@@ -124,7 +132,7 @@ RECORD = Method(
     exempt={"fidelity": "no trajectory of the authors' code has been recorded"},
     summary="equal steps for the output channels of a matrix",
     traced=("b2", "eps"),
-    static=("matrix_axes",),
+    static=("matrix_axes", "split_outputs"),
     position="middle",
     communication="reduce",
     response="proportional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, check_real, narrow_like, widen
 from optimkit.matrices.engine import leaf_axes, map_matrices
 from optimkit.matrices.newton_schulz import KELLER, NsCoeffs, newton_schulz, ns_triples
+from optimkit.matrices.parts import SplitOutputs, check_split, cut_outputs
 from optimkit.numerics import check_count, check_range
 from optimkit.protocols import GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.momentum import ema_momentum
@@ -25,6 +27,8 @@ def orthogonalize_updates(
     bucket: bool = True,
     *,
     matrix_axes: MatrixAxesOverride = None,
+    split_outputs: SplitOutputs = None,
+    axis_names: Sequence[str] | None = None,
 ) -> GradientTransformation:
     r"""Newton-Schulz on every matrix of the updates: :math:`U V^T` of :math:`U S V^T`, nearly.
 
@@ -49,13 +53,17 @@ def orthogonalize_updates(
       bucket: join matrices of one size across leaves; the numbers are the same without.
       matrix_axes: which axes are inputs and outputs where name and shape do not tell:
         ``{pattern: MatrixAxes}`` or ``(path, leaf) -> MatrixAxes``.
+      split_outputs: ``{pattern: sizes}`` for kernels that are several matrices side by side, such
+        as fused queries, keys and values: each part is orthogonalised on its own.
+      axis_names: mesh axes among whose devices the matrices are divided; default all.
 
     Returns:
       A transformation without state. Vectors and scalars pass as they are: split them off with
-      ``by_kind``. On an explicit mesh each device orthogonalises its share of the matrices.
+      ``by_kind``. On a mesh each device orthogonalises its share of the matrices.
 
     Raises:
-      ValueError: if an argument is out of range, or the layout of a leaf is ambiguous.
+      ValueError: if an argument is out of range, the layout of a leaf is ambiguous, the sizes of a
+        split do not add up, or the mesh lacks an axis.
 
     A zero matrix stays zero; a non-finite entry makes its own matrix NaN.
 
@@ -82,7 +90,8 @@ def orthogonalize_updates(
     )
 
     def init(params: PyTree) -> optax.EmptyState:
-        leaf_axes(params, matrix_axes)  # an ambiguous layout shows before training starts
+        # An ambiguous layout, or a split that does not fit, shows before training starts.
+        check_split(params, leaf_axes(params, matrix_axes), split_outputs)
         return optax.EmptyState()
 
     def update(
@@ -92,8 +101,11 @@ def orthogonalize_updates(
         check_real(updates, "gradient")
         if params is not None:
             check_match(updates, params, what="gradient", like="the parameters")
-        axes = leaf_axes(updates, matrix_axes)
-        return map_matrices(kernel, updates, axes, dtype=travel_dtype, bucket=bucket), state
+        parts, axes, join = cut_outputs(updates, leaf_axes(updates, matrix_axes), split_outputs)
+        done = map_matrices(
+            kernel, parts, axes, dtype=travel_dtype, bucket=bucket, axis_names=axis_names
+        )
+        return join(done), state
 
     return transformation(init, update)
 
@@ -110,6 +122,8 @@ def scale_by_muon(
     *,
     mu_dtype: Any = None,
     matrix_axes: MatrixAxesOverride = None,
+    split_outputs: SplitOutputs = None,
+    axis_names: Sequence[str] | None = None,
 ) -> GradientTransformation:
     """Muon's direction: momentum, then Newton-Schulz; no shape scale, rate or sign.
 
@@ -126,6 +140,9 @@ def scale_by_muon(
       bucket: join matrices of one size across leaves.
       mu_dtype: dtype of the momentum; default f32, or f64 for f64 gradients.
       matrix_axes: which axes are inputs and outputs where name and shape do not tell.
+      split_outputs: ``{pattern: sizes}`` for kernels that are several matrices side by side, such
+        as fused queries, keys and values: each part is orthogonalised on its own.
+      axis_names: mesh axes among whose devices the matrices are divided; default all.
 
     Returns:
       A transformation for matrices; 4 bytes of state a f32 parameter. Vectors get their momentum
@@ -147,7 +164,16 @@ def scale_by_muon(
     check_range(momentum=momentum, ge=0, lt=1)
     inner = optax.chain(
         ema_momentum(momentum, nesterov=nesterov, form=momentum_form, mu_dtype=mu_dtype),
-        orthogonalize_updates(ns_steps, ns_coeffs, eps, ns_dtype, bucket, matrix_axes=matrix_axes),
+        orthogonalize_updates(
+            ns_steps,
+            ns_coeffs,
+            eps,
+            ns_dtype,
+            bucket,
+            matrix_axes=matrix_axes,
+            split_outputs=split_outputs,
+            axis_names=axis_names,
+        ),
     )
 
     def update(
@@ -168,7 +194,15 @@ RECORDS = (
         # Full products, so that the contract can compare to rounding.
         example={"ns_dtype": None},
         traced=("eps",),
-        static=("ns_steps", "ns_coeffs", "ns_dtype", "bucket", "matrix_axes"),
+        static=(
+            "ns_steps",
+            "ns_coeffs",
+            "ns_dtype",
+            "bucket",
+            "matrix_axes",
+            "split_outputs",
+            "axis_names",
+        ),
         position="middle",
         communication="matrix",
         response="proportional",  # vectors pass as they are
@@ -196,6 +230,8 @@ RECORDS = (
             "bucket",
             "mu_dtype",
             "matrix_axes",
+            "split_outputs",
+            "axis_names",
         ),
         position="middle",
         communication="matrix",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import optax
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, map_leaves
 from optimkit.matrices.engine import leaf_axes
+from optimkit.matrices.statistics import magnitude_quantile as magnitude_quantile
 from optimkit.numerics import check_range
 from optimkit.protocols import (
     Array,
@@ -21,44 +21,6 @@ from optimkit.protocols import (
     PyTree,
     transformation,
 )
-
-
-def magnitude_quantile(x: Array, quantile: Any, axis: tuple[int, ...]) -> Array:
-    """The quantile of ``|x|`` over ``axis``, with size one there; linear between two entries.
-
-    The same as ``jnp.quantile(abs(x), quantile, axis, keepdims=True)``, and found without sorting,
-    joining axes or moving entries between devices: positive floats lie in the order of their bits,
-    so the k-th smallest is built from its highest bit down, counting once a bit how many entries
-    lie below. That is 31 reads of the array in f32, and 63 in f64.
-
-    >>> import jax.numpy as jnp
-    >>> magnitude_quantile(jnp.array([4.0, -1.0, 3.0, 2.0]), 0.5, (0,)).tolist()
-    [2.5]
-    """
-    count = math.prod(x.shape[a] for a in axis)
-    position = quantile * (count - 1)
-    # Exact for a Python number, also where f32 cannot count to the size of the leaf.
-    number = isinstance(position, (int, float))
-    index = math.floor(position) if number else jnp.floor(position).astype(jnp.int32)
-    weight = jnp.asarray(position - index, x.dtype)
-
-    kind, last_bit = (jnp.int32, 30) if x.dtype.itemsize == 4 else (jnp.int64, 62)
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), kind)
-
-    def how_many(chosen: Array) -> Array:
-        return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
-
-    def set_bit(step: Array, found: Array) -> Array:
-        candidate = found | jnp.left_shift(jnp.ones((), kind), (last_bit - step).astype(kind))
-        return jnp.where(how_many(bits < candidate) <= index, candidate, found)
-
-    smallest = jnp.min(bits, axis=axis, keepdims=True)
-    found = jax.lax.fori_loop(0, last_bit + 1, set_bit, jnp.zeros_like(smallest))
-    above = jnp.min(jnp.where(bits > found, bits, jnp.iinfo(kind).max), axis=axis, keepdims=True)
-    repeated = how_many(bits <= found) >= jnp.minimum(index + 2, count)
-    lower = jax.lax.bitcast_convert_type(found, x.dtype)
-    upper = jax.lax.bitcast_convert_type(jnp.where(repeated, found, above), x.dtype)
-    return jnp.where(weight > 0, (1 - weight) * lower + weight * upper, lower)
 
 
 def suppress_outliers(
@@ -143,7 +105,6 @@ def suppress_outliers(
 RECORD = Method(
     factory=suppress_outliers,
     kind="piece",
-    exempt={"fidelity": "the recordings that run it come with the method ROOT, not here yet"},
     summary="clip every entry to a quantile of its matrix",
     traced=("quantile", "threshold", "eps"),
     static=("matrix_axes",),

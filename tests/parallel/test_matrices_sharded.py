@@ -5,6 +5,7 @@ Runs on eight simulated devices in a process of its own (``XLA_FLAGS``, set by t
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -116,20 +117,100 @@ def test_explicit_mesh_without_jit_and_without_buckets() -> None:
     assert got["kernel"].sharding.spec == P("x", None)
 
 
-def test_each_device_orthogonalises_its_share() -> None:
+def layers(count: int = 8, width: int = 64) -> Any:
+    return {f"layer_{i}": {"kernel": jnp.ones((width, width)) + i} for i in range(count)}
+
+
+def compiled(tx: Any, params: Any) -> Any:
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    return step.lower(params, tx.init(params), params).compile()
+
+
+def flops(tx: Any, params: Any) -> float:
+    costs: Any = compiled(tx, params).cost_analysis()
+    return costs["flops"]
+
+
+def collectives(tx: Any, params: Any) -> dict[str, int]:
+    """How many collectives of each kind that move more than a few numbers."""
+    found: dict[str, int] = {}
+    kinds = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
+    for line in compiled(tx, params).as_text().splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if match and re.search(r"\[[\d,]*\d{2,}", match[1]):
+            found[match[2]] = found.get(match[2], 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_each_device_orthogonalises_its_share(kind: AxisType, axis: int) -> None:
     """A bucket of eight equal matrices costs a device an eighth, and a bit for elementwise work."""
-    params = {f"layer_{i}": {"kernel": jnp.ones((64, 64))} for i in range(8)}
     tx = ok.muon(0.1, ns_dtype="float32")
-
-    def flops(params: Any) -> float:
-        step = jax.jit(lambda g, s, p: tx.update(g, s, p))
-        compiled = step.lower(params, tx.init(params), params).compile()
-        costs: Any = compiled.cost_analysis()
-        return costs["flops"]
-
-    alone = flops(params)
+    alone = flops(tx, layers())
     assert alone > 8 * 5 * 3 * 2 * 64**3
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        assert flops(tx, place(layers(), mesh, axis, "x")) < alone / 6
+        if axis == 0:
+            replicated = place(layers(), mesh, axis, None)
+            assert flops(tx, replicated) < alone / 6
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_no_device_gathers_a_bucket(kind: AxisType) -> None:
+    """Sharded leaves travel as all-to-all, there and back."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    tx = ok.orthogonalize_updates(ns_dtype="float32")
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, P("x", None))
+        params = jax.tree.map(lambda x: jax.device_put(x, spec), layers())
+        found = collectives(tx, params)
+    assert found.keys() == {"all-to-all"}, found
+    if kind == AxisType.Explicit:
+        assert found["all-to-all"] == 2  # one there, one back
+
+
+def test_matrices_that_lie_whole_on_devices_stay_there() -> None:
+    """Experts spread over the mesh need no traffic at all."""
+    axes = {"experts/kernel": ok.MatrixAxes((0,), (1,), (2,))}
+    tx = ok.orthogonalize_updates(ns_coeffs=CUBIC, ns_dtype="float32", matrix_axes=axes)
+    params = {"experts": {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=(16, 8, 12)))}}
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    expected, _ = tx.update(params, tx.init(params))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, P("x", None, None))
+        placed = jax.tree.map(lambda x: jax.device_put(x, spec), params)
+        assert collectives(tx, placed) == {}
+        got, _ = jax.jit(tx.update)(placed, tx.init(placed))
+    assert_close(got, expected, 1e-5, "experts")
+
+
+def test_work_can_be_kept_to_some_mesh_axes() -> None:
+    mesh = make_mesh(AxisType.Explicit)  # 4 x 2
+    whole = ok.orthogonalize_updates(ns_dtype="float32")
+    some = ok.orthogonalize_updates(ns_dtype="float32", axis_names=("x",))
+    alone = flops(whole, layers())
+    with jax.set_mesh(mesh):
+        params = place(layers(), mesh, 0, "x")
+        assert alone / 5 < flops(some, params) < alone / 3.5
+        wrong = ok.orthogonalize_updates(axis_names=("model",))
+        with pytest.raises(ValueError, match=r"the mesh has axes \('x', 'y'\), none is 'model'"):
+            wrong.update(params, wrong.init(params))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fused_kernels_on_a_mesh(axis: int) -> None:
+    settings: Any = {"ns_coeffs": CUBIC, "ns_dtype": "float32", "normuon_b2": 0.9}
+    tx = ok.muon(0.1, split_outputs={"qkv/*": (8, 4, 4)}, scaling="spectral", **settings)
+    rng = np.random.default_rng(5)
+    params = {"qkv": {"kernel": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)}}
+    expected, _ = tx.update(params, tx.init(params), params)
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        divided = flops(place(params, mesh, 0, "x"))
-    assert divided < alone / 6
+        placed = place(params, mesh, axis, "x")
+        got, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(placed)
+        jax.jit(lambda p, s: tx.update(p, s, p))(placed, state)
+    assert_close(got, expected, 1e-5, f"axis {axis}")
+    assert got["qkv"]["kernel"].sharding.is_equivalent_to(placed["qkv"]["kernel"].sharding, 2)

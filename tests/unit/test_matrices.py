@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from optimkit.matrices.engine import leaf_axes, map_matrices, narrow
-from optimkit.matrices.newton_schulz import KELLER, NS_COEFFS, newton_schulz, ns_triples
+from optimkit.matrices.newton_schulz import (
+    KELLER,
+    NS_COEFFS,
+    gram_flops,
+    gram_segments,
+    newton_schulz,
+    ns_triples,
+    plain_flops,
+)
 from optimkit.protocols import MatrixAxes
 
 RANGES = {  # singular values after five steps, for s in [0.01, 1], computed in 64 bits
@@ -123,11 +131,37 @@ def test_bad_coefficients(coeffs, message):
         newton_schulz(jnp.ones((2, 2)), coeffs=coeffs)
 
 
+@pytest.mark.parametrize("name", NS_COEFFS)
+@pytest.mark.parametrize("least", [1.0, 1e-5])
+def test_the_gram_form_is_the_same_iteration(name, least):
+    x = jnp.asarray(with_spectrum(8, 24, np.geomspace(least, 1.0, 8)), jnp.float32)
+    plain, gram = (newton_schulz(x, coeffs=name, form=form) for form in ("plain", "gram"))
+    np.testing.assert_allclose(gram, plain, atol=1e-4)
+    np.testing.assert_array_equal(newton_schulz(x, coeffs=name), gram)  # 8 x 24: gram is cheaper
+    square = x[:, :8]
+    plain = newton_schulz(square, coeffs=name, form="plain")
+    np.testing.assert_array_equal(newton_schulz(square, coeffs=name), plain)
+
+
+def test_when_the_gram_form_pays():
+    # rounding of 1.2e-7 grows by 3.44^2 = 11.9 a step and may reach 1e-4 after the second
+    assert list(map(len, gram_segments([KELLER] * 5, jnp.float32))) == [3, 2]
+    assert len(gram_segments([KELLER] * 5, jnp.float64)) == 1
+    # two segments: 4 m^2 n each; 2 m^3 a step and 6 m^3 between steps
+    assert gram_flops(2, 8, [KELLER] * 5, jnp.float32) == 2 * 4 * 4 * 8 + (10 + 6 * 3) * 8
+    assert plain_flops(2, 8, 5) == 5 * (4 * 4 * 8 + 2 * 8)
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(4, 32)), jnp.float32)
+    rough = newton_schulz(x, dtype="bfloat16", form="plain")
+    np.testing.assert_array_equal(newton_schulz(x, dtype="bfloat16"), rough)
+
+
 def test_bad_shapes_and_steps():
     with pytest.raises(ValueError, match=r"\(\.\.\., m, n\), got \(3,\)"):
         newton_schulz(jnp.ones(3))
     with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         newton_schulz(jnp.ones((2, 2)), 0)
+    with pytest.raises(ValueError, match="form must be one of 'auto', 'plain', 'gram', got 'qr'"):
+        newton_schulz(jnp.ones((2, 2)), form="qr")
     assert newton_schulz(jnp.ones((0, 3))).shape == (0, 3)
 
 
@@ -181,6 +215,52 @@ def test_matrices_are_read_as_their_axes_say():
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(alone[name], value, atol=1e-6, err_msg=name)
+
+
+def test_chunks_are_bounded_and_change_nothing():
+    tree, axes = layouts()
+    whole = map_matrices(newton_schulz, tree, axes)
+    seen = []
+
+    def kernel(stack):
+        seen.append(stack.shape)
+        return newton_schulz(stack)
+
+    got = map_matrices(kernel, tree, axes, chunk=40)  # three matrices of 12 entries
+    assert seen == [(3, 2, 6), (3, 2, 6), (2, 2, 6)]
+    for name, leaf in whole.items():
+        np.testing.assert_allclose(got[name], leaf, atol=1e-6, err_msg=name)
+    seen.clear()
+    map_matrices(kernel, tree, axes, chunk=1)
+    assert seen == [(1, 2, 6)] * 8
+
+
+def test_chunks_share_their_memory():
+    tree = {f"layer_{i}": {"kernel": jnp.ones((32, 48))} for i in range(16)}
+
+    def temporary(chunk):
+        def run(tree):
+            return map_matrices(newton_schulz, tree, leaf_axes(tree), chunk=chunk)
+
+        return jax.jit(run).lower(tree).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(2 * 32 * 48) < temporary(16 * 32 * 48) / 3
+
+
+@pytest.mark.parametrize("chunk", [None, 12])
+def test_a_bad_matrix_spoils_no_other_leaf(chunk):
+    tree, axes = layouts()
+    run = jax.jit(lambda tree: map_matrices(newton_schulz, tree, axes, chunk=chunk))
+    clean = run(tree)
+    for bad in (np.nan, np.inf):
+        got = run({**tree, "stack/kernel": tree["stack/kernel"].at[0, 1, 0].set(bad)})
+        for name, leaf in clean.items():
+            if name == "stack/kernel":  # four matrices on axis 1
+                assert np.all(np.isnan(got[name][:, 1]))
+                rest = np.array([0, 2, 3])
+                np.testing.assert_allclose(got[name][:, rest], leaf[:, rest], atol=1e-6)
+            else:
+                np.testing.assert_allclose(got[name], leaf, atol=1e-6, err_msg=name)
 
 
 def test_sizes_and_dtypes_make_buckets_and_leaves_keep_theirs():

@@ -397,3 +397,50 @@ def test_polar_express_and_float16_products_on_tiny_and_huge_gradients():
             chex.assert_tree_all_finite(updates)
             if size > 1:
                 assert 0.5 < np.linalg.norm(updates["kernel"], 2) < 1.2
+
+
+# -- fused kernels, heads, NorMuon ------------------------------------------------------------
+
+
+def test_a_fused_kernel_steps_as_its_parts():
+    sizes = (4, 2, 2)
+    fused = {"qkv": {"kernel": random_like(jnp.zeros((4, 8)), 0)}}
+    apart = {
+        name: {"kernel": part}
+        for name, part in zip("qkv", jnp.split(fused["qkv"]["kernel"], (4, 6), 1), strict=True)
+    }
+    settings = {"ns_dtype": None, "scaling": "spectral", "normuon_b2": 0.9}
+    tx = ok.muon(0.1, split_outputs={"qkv/*": sizes}, **settings)
+    got, state = tx.update(fused, tx.init(fused), fused)
+    alone = ok.muon(0.1, **settings)
+    expected, _ = alone.update(apart, alone.init(apart), apart)
+    joined = jnp.concatenate([expected[name]["kernel"] for name in "qkv"], axis=1)
+    np.testing.assert_allclose(got["qkv"]["kernel"], joined, atol=1e-6)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert shapes == [(4, 8), (1, 8)]  # momentum and NorMuon's moment, in the parameter's place
+    with pytest.raises(ValueError, match="add up to its 8 outputs"):
+        ok.muon(0.1, split_outputs={"qkv/*": (4, 2)}).init(fused)
+
+
+def test_heads_are_a_batch():
+    kernel = random_like(jnp.zeros((6, 2, 3)), 0)  # (d, heads, head_dim)
+    per_head = {"query/*": ok.MatrixAxes((1,), (0,), (2,))}
+    tx = ok.orthogonalize_updates(ns_dtype=None, matrix_axes=per_head)
+    got, _ = tx.update({"query": {"kernel": kernel}}, tx.init(None))
+    for head in range(2):
+        expected = newton_schulz(kernel[:, head])
+        np.testing.assert_allclose(got["query"]["kernel"][:, head], expected, atol=1e-6)
+
+
+def test_normuon_is_a_link_of_muon():
+    params = {"kernel": random_like(jnp.zeros((3, 4)), 9)}
+    got = trajectory(ok.muon(0.1, normuon_b2=0.9, ns_dtype=None), params)
+    chain = optax.chain(
+        ok.scale_by_muon(ns_dtype=None),
+        ok.scale_by_normuon(0.9),
+        ok.scale_by_matrix_shape(),
+        optax.scale_by_learning_rate(0.1),
+    )
+    chex.assert_trees_all_close(got, trajectory(chain, params), atol=1e-6)
+    with pytest.raises(ValueError, match="normuon_b2 must be >= 0 and < 1, got 1"):
+        ok.muon(0.1, normuon_b2=1.0)
