@@ -26,9 +26,15 @@ def arrays_of(golden: Golden, top: str) -> Any:
     return nest({k: jnp.asarray(v) for k, v in golden.tree(top).items()})
 
 
+def arguments(golden: Golden, **overrides: Any) -> dict[str, Any]:
+    """The keyword arguments that a golden is run with."""
+    translate = getattr(method_module(golden), "arguments", None)
+    return {**(translate(golden) if translate else golden.kwargs), **overrides}
+
+
 def build(golden: Golden, **overrides: Any) -> Any:
     """Our transformation for a golden, as its meta says."""
-    return resolve(golden.factory_names[0])(**{**golden.kwargs, **overrides})
+    return resolve(golden.factory_names[0])(**arguments(golden, **overrides))
 
 
 # -- trajectories -----------------------------------------------------------------------------
@@ -41,18 +47,23 @@ def replay(golden: Golden, tx: Any) -> Any:
     """
     tx = optax.with_extra_args_support(tx)
     params = arrays_of(golden, "params0")
+    extras = getattr(method_module(golden), "extras", lambda golden: {})(golden)
+    gradient = getattr(method_module(golden), "gradient", lambda golden: None)(golden)
 
     @jax.jit
     def run(params: Any, sequence: Any) -> Any:
-        def step(carry: Any, grads: Any) -> Any:
+        def step(carry: Any, given: Any) -> Any:
             params, state = carry
-            updates, state = tx.update(grads, state, params)
+            grads, now = given
+            grads = gradient(params) if gradient else grads
+            updates, state = tx.update(grads, state, params, **extras, **now)
             params = optax.apply_updates(params, updates)
             return (params, state), (params, state)
 
         return jax.lax.scan(step, (params, tx.init(params)), sequence)[1]
 
-    return run(params, arrays_of(golden, "grads"))
+    each = getattr(method_module(golden), "extras_each_step", lambda golden: {})(golden)
+    return run(params, (arrays_of(golden, "grads"), each))
 
 
 def parameter_error(golden: Golden, params: Any) -> float:
@@ -67,7 +78,7 @@ def run_trajectory(golden: Golden, **overrides: Any) -> Errors:
     params, states = replay(golden, build(golden, **overrides))
     errors = {"params": parameter_error(golden, params)}
     factory = resolve(golden.factory_names[0])
-    injected = ok.inject_hyperparams(factory)(**{**golden.kwargs, **overrides})
+    injected = ok.inject_hyperparams(factory)(**arguments(golden, **overrides))
     errors["params (injected)"] = parameter_error(golden, replay(golden, injected)[0])
     return errors | observed(golden, params, states)
 
@@ -101,7 +112,9 @@ def run_schedule(golden: Golden, **overrides: Any) -> Errors:
     # optax turns int32 counts into float32 even where 64 bits are on; ours must not.
     optaxs = golden.factory_names[0].startswith("optax.")
     counts = jnp.asarray(golden.arrays["step"], jnp.float64 if optaxs else jnp.int32)
-    return {"value": relative_error(jax.vmap(schedule)(counts), golden.arrays["value"])}
+    values = jax.vmap(schedule)(counts)
+    errors = {"value": relative_error(values, golden.arrays["value"])}
+    return errors | observed(golden, values, None)
 
 
 def run_combiner(golden: Golden, **overrides: Any) -> Errors:
@@ -109,16 +122,19 @@ def run_combiner(golden: Golden, **overrides: Any) -> Errors:
     sequence = arrays_of(golden, "task_grads")
     num_tasks = jax.tree.leaves(sequence)[0].shape[1]
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[2:], g.dtype), sequence)
+    params = arrays_of(golden, "params") or params
+    each = getattr(method_module(golden), "extras_each_step", lambda golden: {})(golden)
 
     @jax.jit
-    def run(sequence: Any) -> Any:
-        def step(state: Any, grads: Any) -> Any:
-            combined, state = combiner.update(grads, state, params)
+    def run(sequence: Any, each: Any) -> Any:
+        def step(state: Any, given: Any) -> Any:
+            grads, now = given
+            combined, state = combiner.update(grads, state, params, **now)
             return state, (combined, state)
 
-        return jax.lax.scan(step, combiner.init(params, num_tasks), sequence)[1]
+        return jax.lax.scan(step, combiner.init(params, num_tasks), (sequence, each))[1]
 
-    combined, states = run(sequence)
+    combined, states = run(sequence, each)
     named = {f"combined/{name}": value for name, value in flatten(combined).items()}
     return compare_named(golden, named) | observed(golden, combined, states)
 
@@ -135,7 +151,8 @@ def run(golden: Golden, **overrides: Any) -> Errors:
       LookupError: if nothing knows how to run it.
     """
     own = getattr(method_module(golden), "run", None)
-    runner = RUNNERS.get(golden.kind) or own
+    alone = getattr(method_module(golden), "RUNS_ALL", False)
+    runner = own if alone else RUNNERS.get(golden.kind) or own
     if runner is None:
         raise LookupError(f"{golden.name}: nothing in tests/goldens/methods runs it")
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):

@@ -7,10 +7,12 @@ JSON string that says which program, which arguments, and how ours is called.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import importlib
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,19 @@ import optimkit as ok
 FOLDER = Path(__file__).parent
 
 TOLERANCES: dict[str, float] = {
+    "gcond__bf16_unmodified_one_iter": 3e-2,  # the reference's buffers
     "gcond": 1e-5,  # the reference computes in float32
+    # SLSQP stops at 1e-6 of its objective; ours, by the duality gap, at 1e-8
+    "pcgrad_cagrad_gradnorm__cagrad_two_tasks": 1e-3,
+    "pcgrad_cagrad_gradnorm__cagrad_four_tasks_c04": 4e-3,
     "weight_refactorization": 1e-5,  # float32 SVD
+    "adan__clip": 1e-6,  # the reference adds up the norm in float32
     "autolrs": 1e-3,  # Nelder-Mead fits
+    "quantized_state": 5e-3,  # a twentieth of a rate; one flipped code is 4e-3 of all codes
+    "quantized_state__codebook": 1e-6,  # recorded in float32
     "fake_quant_4bit__bfloat16": 2e-2,
     "fake_quant_4bit__float32": 1e-6,
+    "zeroth_order__mezo_decay_f32": 1e-4,  # float32; a small difference of losses over 2 eps
 }
 """Tolerances other than 1e-9, by file or by method."""
 
@@ -51,7 +61,7 @@ class Golden:
     @property
     def factory_names(self) -> list[str]:
         named = self.meta["optimkit"]["factory"]
-        named = named if isinstance(named, list) else named.replace("|", "/").split("/")
+        named = named if isinstance(named, list) else re.split(r"[|/,]", named)
         return [part.strip() for part in named]
 
     @property
@@ -140,7 +150,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 PLACES = ("", "multitask", "diagnostics", "gradients", "federated", "controllers", "nn",
-          "matrices", "schedules", "transforms")  # fmt: skip
+          "matrices", "schedules", "transforms", "wrappers", "checkpoint")  # fmt: skip
 """Where a factory that a golden names may live, the flat namespace first."""
 
 
@@ -158,8 +168,9 @@ def resolve(name: str) -> Any:
             module = importlib.import_module(f"optimkit.{place}") if place else ok
         except ModuleNotFoundError:
             continue
-        if hasattr(module, name):
-            return getattr(module, name)
+        # Of a whole family, "name_*", the first stands for all.
+        for found in fnmatch.filter(sorted(vars(module)), name):
+            return getattr(module, found)
     raise LookupError(f"optimkit has no public {name!r}")
 
 
