@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,24 @@ def decay_after_step(
     >>> [round(float(x), 3) for x in w + u]  # (1 - 0.2) * (1 - 0.05)
     [0.76]
     """
+    return shrink_parameters(
+        lambda u, w, shrink: u * (1 - shrink) - shrink * w,
+        weight_decay,
+        learning_rate,
+        mask,
+        who="decay_after_step",
+    )
+
+
+def shrink_parameters(
+    step: Callable[[Array, Array, Any], Array],
+    weight_decay: Any,
+    learning_rate: ScalarOrSchedule,
+    mask: Mask,
+    *,
+    who: str,
+) -> GradientTransformation:
+    """A last link ``(u, w, shrink) -> u`` with rate times decay as ``shrink``, 0 where masked."""
     check_range(weight_decay=weight_decay, learning_rate=learning_rate, ge=0)
 
     def init(params: PyTree) -> DecayAfterStepState:
@@ -71,16 +90,12 @@ def decay_after_step(
         **extra: Any,
     ) -> tuple[PyTree, DecayAfterStepState]:
         del extra
-        params = require_params(params, "decay_after_step")
+        params = require_params(params, who)
         check_match(updates, params, what="gradient", like="the parameters")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         shrink = jax.tree.map(
             lambda decayed: rate * weight_decay if decayed else 0.0, decay_tree(mask, params)
         )
-
-        def step(u: Array, w: Array, shrink: Any) -> Array:
-            return u * (1 - shrink) - shrink * w
-
         return map_leaves(step, updates, reads=(params, shrink)), DecayAfterStepState(
             next_count(state.count)
         )

@@ -115,7 +115,9 @@ def orthogonal_to_params(
         # Behind the barrier the result is computed anew, where else it would be stored until the
         # links that follow have run for every leaf.
         along, left, norm = lax.optimization_barrier((along, left, norm))
-        return restored(rest(g, w, along), norm, left, eps), turn_after(w, previous, left.reshape(()))
+        return restored(rest(g, w, along), norm, left, eps), turn_after(
+            w, previous, left.reshape(())
+        )
 
     def project_together(g: list[Array], w: list[Array]) -> list[Array]:
         square = jnp.square(tree_norm([saturate(x) for x in w]))

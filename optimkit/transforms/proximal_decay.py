@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-
-from optimkit.leaves import check_match, decay_tree, map_leaves, require_params, zero_count
-from optimkit.numerics import check_range, next_count
-from optimkit.protocols import (
-    Array,
-    GradientTransformation,
-    Mask,
-    Method,
-    PyTree,
-    ScalarOrSchedule,
-    transformation,
-)
-
-
-class ApplyProximalDecayState(NamedTuple):
-    """``count``: int32 scalar, for a rate that is a schedule."""
-
-    count: Array
+from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
+from optimkit.transforms.decay_after_step import shrink_parameters
 
 
 def apply_proximal_decay(
@@ -62,34 +45,13 @@ def apply_proximal_decay(
     Reference: Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep
     Models", 2022, arXiv 2208.06677.
     """
-    check_range(learning_rate=learning_rate, weight_decay=weight_decay, ge=0)
-
-    def init(params: PyTree) -> ApplyProximalDecayState:
-        del params
-        return ApplyProximalDecayState(zero_count())
-
-    def update(
-        updates: PyTree,
-        state: ApplyProximalDecayState,
-        params: PyTree | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, ApplyProximalDecayState]:
-        del extra
-        params = require_params(params, "apply_proximal_decay")
-        check_match(updates, params, what="gradient", like="the parameters")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        shrink = jax.tree.map(
-            lambda decayed: rate * weight_decay if decayed else 0.0, decay_tree(mask, params)
-        )
-
-        def step(u: Array, w: Array, shrink: Any) -> Array:
-            return (u - shrink * w) / (1 + shrink)
-
-        return map_leaves(step, updates, reads=(params, shrink)), ApplyProximalDecayState(
-            next_count(state.count)
-        )
-
-    return transformation(init, update)
+    return shrink_parameters(
+        lambda u, w, shrink: (u - shrink * w) / (1 + shrink),
+        weight_decay,
+        learning_rate,
+        mask,
+        who="apply_proximal_decay",
+    )
 
 
 RECORD = Method(
