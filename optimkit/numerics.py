@@ -247,8 +247,10 @@ def turn_after(x: Array, before: Array | None, known: Array | None = None) -> Ar
 
 
 def _varies_over(x: Array) -> frozenset[Any]:
-    # Inside shard_map a replicated leaf must not come to depend on one that is not.
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    # Inside shard_map a replicated leaf must not come to depend on one that is not. The attribute
+    # is ``vma`` up to jax 0.9, and part of ``mat`` later.
+    kind = jax.typeof(x)
+    return frozenset(getattr(kind, "vma", getattr(getattr(kind, "mat", None), "varying", ())))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -33,16 +33,17 @@ class WithStateDtypeState(NamedTuple):
     inner_state: PyTree
 
 
-class _Kept(NamedTuple):
-    """How one moment is kept."""
+class KeptAs(NamedTuple):
+    """How an array is kept: its dtype, and whether it is rounded to it by chance."""
 
     dtype: Any
     stochastic: bool
 
 
-def _kept(value: Any, what: str) -> _Kept:
+def kept_as(value: Any, what: str) -> KeptAs:
+    """Reads a dtype, or ``"bfloat16_stochastic"``; ``what`` names the argument in the error."""
     if isinstance(value, str) and value == BFLOAT16_STOCHASTIC:
-        return _Kept(jnp.dtype(jnp.bfloat16), True)
+        return KeptAs(jnp.dtype(jnp.bfloat16), True)
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -51,7 +52,7 @@ def _kept(value: Any, what: str) -> _Kept:
         raise ValueError(
             f"{what} must be a floating-point dtype or {BFLOAT16_STOCHASTIC!r}, got {value!r}"
         )
-    return _Kept(dtype, False)
+    return KeptAs(dtype, False)
 
 
 def with_state_dtype(
@@ -101,12 +102,12 @@ def with_state_dtype(
     check_count(seed=seed)
     named = isinstance(policy, Mapping)
     if named:
-        kept = {name: _kept(value, f"policy[{name!r}]") for name, value in policy.items()}
+        kept = {name: kept_as(value, f"policy[{name!r}]") for name, value in policy.items()}
     else:
-        kept = {"": _kept(policy, "policy")}
+        kept = {"": kept_as(policy, "policy")}
     inner = optax.with_extra_args_support(inner)
 
-    def plan(state: PyTree, params: PyTree) -> list[_Kept | None]:
+    def plan(state: PyTree, params: PyTree) -> list[KeptAs | None]:
         """How each leaf of an inner state is kept; None for what is left alone."""
         paths = jax.tree.leaves(moment_paths(inner.init, state, params))
         fields = [path.rsplit("/", 1)[-1] for path in paths]
@@ -117,7 +118,7 @@ def with_state_dtype(
                 f"state are in {sorted(set(fields) - {''})}"
             )
 
-        def choose(field: str, leaf: Array) -> _Kept | None:
+        def choose(field: str, leaf: Array) -> KeptAs | None:
             if not field or not np.ndim(leaf):
                 return None
             return kept.get(field) if named else None if field in PARAMETER_FIELDS else kept[""]
