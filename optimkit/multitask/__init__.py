@@ -4,6 +4,7 @@ from optimkit.multitask.arbitrate import arbitrate_conflicts as arbitrate_confli
 from optimkit.multitask.cagrad import cagrad as cagrad
 from optimkit.multitask.combine import sum_combiner as sum_combiner
 from optimkit.multitask.combine import with_combiner as with_combiner
+from optimkit.multitask.gaqat import freeze_low_disorder as freeze_low_disorder
 from optimkit.multitask.gcond import accumulate_task_grads as accumulate_task_grads
 from optimkit.multitask.gcond import gcond as gcond
 from optimkit.multitask.gradnorm import gradnorm as gradnorm
@@ -15,6 +16,7 @@ from optimkit.multitask.sam_gs import equalize_task_norms as equalize_task_norms
 from optimkit.multitask.sam_gs import modulate_by_task_momentum as modulate_by_task_momentum
 from optimkit.multitask.sam_gs import sam_gs as sam_gs
 from optimkit.multitask.sam_gs import sam_gs_optimizer as sam_gs_optimizer
+from optimkit.multitask.task_gradients import task_gradients as task_gradients
 from optimkit.multitask.tasks import magnitude_similarity as magnitude_similarity
 from optimkit.multitask.tasks import mix_tasks as mix_tasks
 from optimkit.multitask.tasks import task_cosines as task_cosines

@@ -17,7 +17,7 @@ import numpy as np
 
 from optimkit.layout import named_leaves
 from optimkit.leaves import check_match, check_real
-from optimkit.numerics import compute_dtype, safe_div, safe_norm, saturate
+from optimkit.numerics import compute_dtype, safe_div, safe_norm, saturate, sums_together
 from optimkit.protocols import Array, PyTree
 
 # ---------------------------------------------------------------------------------------------
@@ -126,28 +126,95 @@ def _replicated(leaf: Array) -> Any:
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None))
 
 
-def task_gram(task_grads: PyTree) -> Array:
+PAIRED_TASKS = 6
+"""Up to so many tasks every inner product of a Gram matrix is a sum of its own, all in one pass;
+the CPU's matrix product of a few very long rows takes longer."""
+
+
+def _products(x: Array, y: Array) -> Array:
+    axes = tuple(range(1, x.ndim))
+    return jax.lax.dot_general(
+        x,
+        y,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=_replicated(x),
+    )
+
+
+def _gram(x: Array) -> Array:
+    tasks, axes = x.shape[0], tuple(range(x.ndim - 1))
+    if tasks > PAIRED_TASKS or not axes or x.size == 0:
+        gram = _products(x, x)
+        return (gram + gram.T) / 2  # a matrix product need not round both halves alike
+    pairs = [(i, j) for i in range(tasks) for j in range(i, tasks)]
+    sums = sums_together([x[i] * x[j] for i, j in pairs], axes)
+    found = {pair: jnp.reshape(one, ()) for pair, one in zip(pairs, sums, strict=True)}
+    rows = [[found[min(i, j), max(i, j)] for j in range(tasks)] for i in range(tasks)]
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def task_products(task_grads: PyTree, others: PyTree, num_tasks: int = 1) -> Array:
+    """Inner products of every task's gradient in one stacked tree with every one in another.
+
+    Shape ``(K, J)``; zeros ``(num_tasks, num_tasks)`` for trees without leaves. Otherwise as
+    ``task_gram``.
+
+    >>> a, b = jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([[1.0, 1.0]])
+    >>> task_products(a, b).tolist()
+    [[7.0], [1.0]]
+    """
+    products = []
+    for leaf, other in zip(jax.tree.leaves(task_grads), jax.tree.leaves(others), strict=True):
+        x, y = saturate(_widen(leaf)), saturate(_widen(other))
+        dtype = jnp.promote_types(x.dtype, y.dtype)
+        products.append(_products(x.astype(dtype), y.astype(dtype)))
+    if not products:
+        return jnp.zeros((num_tasks, num_tasks), jnp.float32)
+    return sum(products[1:], start=products[0])
+
+
+def task_gram(task_grads: PyTree, num_tasks: int = 1) -> Array:
     """All inner products of the tasks' gradients over the whole tree, shape ``(K, K)``.
 
     f32 at least and in full precision; entries above 1e15 (f32) count as 1e15, so that no product
-    overflows. Gradients below about 1e-19 (f32) have squares that underflow to 0.
+    overflows. Gradients below about 1e-19 (f32) have squares that underflow to 0. A tree without
+    leaves gives zeros for ``num_tasks`` tasks.
 
     >>> task_gram({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]])}).tolist()
     [[25.0, 3.0], [3.0, 1.0]]
     """
-    grams = []
-    for leaf in jax.tree.leaves(task_grads):
-        x = saturate(_widen(leaf))
-        axes = tuple(range(1, x.ndim))
-        gram = jax.lax.dot_general(
-            x,
-            x,
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            out_sharding=_replicated(x),
-        )
-        grams.append((gram + gram.T) / 2)  # a matrix product need not round both halves alike
-    return sum(grams[1:], start=grams[0]) if grams else jnp.zeros((1, 1), jnp.float32)
+    grams = [_gram(saturate(_widen(leaf))) for leaf in jax.tree.leaves(task_grads)]
+    if not grams:
+        return jnp.zeros((num_tasks, num_tasks), jnp.float32)
+    return sum(grams[1:], start=grams[0])
+
+
+def cosines_of(gram: Array) -> Array:
+    """Cosines from inner products, shape ``(K, K)``; 0 beside a task without gradient."""
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    products = jnp.expand_dims(norms, 1) * jnp.expand_dims(norms, 0)
+    return jnp.clip(safe_div(gram, products), -1, 1)
+
+
+def task_cosines(task_grads: PyTree) -> Array:
+    """The cosine between every two tasks' gradients over the whole tree, shape ``(K, K)``.
+
+    Negative entries are conflicts. A task without gradient has cosine 0 with all.
+
+    >>> task_cosines({"w": jnp.array([[2.0, 0.0], [-3.0, 0.0], [0.0, 1.0]])}).tolist()
+    [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    return cosines_of(task_gram(task_grads))
+
+
+def conflict_metrics(cosines: Array, dtype: Any) -> dict[str, Array]:
+    """``min_cosine`` and ``conflict_fraction`` of a ``(K, K)`` array of cosines."""
+    _, least = over_pairs(cosines)
+    conflicts, _ = over_pairs((cosines < 0).astype(dtype))
+    if np.shape(cosines)[-1] < 2:
+        conflicts = jnp.zeros(())
+    return {"conflict_fraction": conflicts.astype(dtype), "min_cosine": least.astype(dtype)}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,10 +37,13 @@ TASKS = 3
 LEAVES = ("dense", "temperature", "nothing", "frozen")
 """What is kept of the suite's tree: a matrix, a vector, 0-d, 0-size and None leaves."""
 
-TASKS_OF: dict[str, int] = {}
+TASKS_OF: dict[str, int] = {"orthogonal_gradient": 2, "freeze_low_disorder": 2}
 """Combiners of a fixed number of tasks, which refuse any other."""
 
-ORDER_MATTERS: dict[str, str] = {}
+ORDER_MATTERS: dict[str, str] = {
+    "orthogonal_gradient": "the first gradient stays whole, the second is projected",
+    "freeze_low_disorder": "the first gradient may be frozen, the second is not",
+}
 """Combiner -> why its result depends on the order of the tasks."""
 
 CHANGES_A_SINGLE_TASK: dict[str, str] = {
@@ -58,8 +61,14 @@ class Stacked(NamedTuple):
     is_combiner: bool
 
 
-def built(record: Method, tasks: int = TASKS, **overrides: Any) -> Stacked:
+def tasks_of(record: Method) -> int:
+    """How many tasks a combiner is run with."""
+    return TASKS_OF.get(record.name, TASKS)
+
+
+def built(record: Method, tasks: int | None = None, **overrides: Any) -> Stacked:
     """The record's example for so many tasks, with the extra arguments that it needs."""
+    tasks = tasks_of(record) if tasks is None else tasks
     takes_tasks = "num_tasks" in inspect.signature(record.factory).parameters
     made = record.build(**({"num_tasks": tasks} if takes_tasks else {}), **overrides)
     is_combiner = isinstance(made, GradientCombiner)
@@ -118,7 +127,7 @@ def scanned(stacked: Stacked, params: Any, task_grads: Any) -> tuple[Any, Any]:
 
 
 def check_state(record: Method, dtype: str) -> None:
-    params, grads = parameters_of(dtype), task_gradients(1, dtype)
+    params, grads = parameters_of(dtype), task_gradients(1, dtype, tasks_of(record))
     stacked = built(record)
     state = stacked.init(params)
     assert_same_type(jax.eval_shape(stacked.init, params), state, "init under eval_shape")
@@ -136,7 +145,7 @@ def check_state(record: Method, dtype: str) -> None:
     shapes = {name: leaf.shape for name, leaf in named_leaves(params)}
 
     def fits(name: str, leaf: Any) -> bool:
-        allowed = ((), shapes[name], (TASKS, *shapes[name]))
+        allowed = ((), shapes[name], (tasks_of(record), *shapes[name]))
         assert leaf.shape in allowed, f"state of {name} has shape {leaf.shape}"
         return True
 
@@ -165,9 +174,9 @@ def check_finite(record: Method, dtype: str) -> None:
         return jax.lax.scan(step, stacked.init(params), task_grads)[1]
 
     sizes = trees.sizes(dtype, record.response)
-    every = {f"all tasks {name}": [size] * TASKS for name, size in sizes.items()}
-    one = {f"one task {name}": [size, 1.0, 1.0] for name, size in sizes.items()}
-    mixed = {"mixed": [list(sizes.values())] * TASKS}
+    every = {f"all tasks {name}": [size] * tasks_of(record) for name, size in sizes.items()}
+    one = {f"one task {name}": [size, 1.0, 1.0][: tasks_of(record)] for name, size in sizes.items()}
+    mixed = {"mixed": [list(sizes.values())] * tasks_of(record)}
     alive = np.asarray([leaf.size > 0 for leaf in jax.tree.leaves(params)])
     for seed, (name, per_task) in enumerate({**every, **one, **mixed}.items()):
         grads = [
@@ -182,7 +191,7 @@ def check_finite(record: Method, dtype: str) -> None:
 
 
 def check_dtype(record: Method, dtype: str) -> None:
-    params, grads = parameters_of(dtype), sequence(3, dtype)
+    params, grads = parameters_of(dtype), sequence(3, dtype, tasks_of(record))
     stacked = built(record)
     outs, state = jax.jit(lambda p, g: scanned(stacked, p, g))(params, grads)
     for name, leaf in named_leaves(state):
@@ -206,7 +215,7 @@ def check_dtype(record: Method, dtype: str) -> None:
 
 
 def check_compile(record: Method, dtype: str) -> None:
-    params, grads = parameters_of(dtype), task_gradients(1, dtype)
+    params, grads = parameters_of(dtype), task_gradients(1, dtype, tasks_of(record))
     parameters = inspect.signature(record.factory).parameters
     unlisted = set(parameters) - set(record.traced) - set(record.static)
     assert not unlisted, f"arguments {sorted(unlisted)} are neither traced nor static"
@@ -230,7 +239,7 @@ def check_compile(record: Method, dtype: str) -> None:
 
 def check_compose(record: Method, dtype: str) -> None:
     """jit, eager, scan, vmap over seeds, donation and unknown extra arguments agree."""
-    params, grads = parameters_of(dtype), sequence(2, dtype)
+    params, grads = parameters_of(dtype), sequence(2, dtype, tasks_of(record))
     stacked = built(record)
 
     def loop(update: Any) -> Any:
@@ -251,7 +260,9 @@ def check_compose(record: Method, dtype: str) -> None:
 def check_trees(record: Method, dtype: str) -> None:
     stacked = built(record)
     for name, params in trees.other_trees(dtype).items():
-        task_grads = stack([jax.tree.map(lambda p, k=k: k * p, params) for k in range(TASKS)])
+        task_grads = stack(
+            [jax.tree.map(lambda p, k=k: k * p, params) for k in range(tasks_of(record))]
+        )
         state = stacked.init(params)
         out, after = stacked.update(task_grads, state, params)
         assert jax.tree.structure(out) == jax.tree.structure(params), name
@@ -264,7 +275,7 @@ def check_trees(record: Method, dtype: str) -> None:
 
 def check_bad_input(record: Method, dtype: str) -> None:
     params = {"layer": {"kernel": jnp.ones((4, 3), dtype), "bias": jnp.ones((3,), dtype)}}
-    good = stack([params] * TASKS)
+    good = stack([params] * tasks_of(record))
     stacked = built(record)
     state = stacked.init(params)
 
@@ -273,9 +284,15 @@ def check_bad_input(record: Method, dtype: str) -> None:
         return lambda: stacked.update(tree, state, params)
 
     kernel = good["layer"]["kernel"]
-    for wrong in (kernel[:2], kernel[0], jnp.concatenate([kernel, kernel]), kernel[:1]):
-        raises(with_kernel(wrong), (ValueError,), "layer/kernel", str(wrong.shape), str(TASKS))
-    raises(with_kernel(kernel[:, :1]), (ValueError,), "layer/kernel", str((TASKS, 1, 3)))
+    for wrong in (kernel[:-1], kernel[0], jnp.concatenate([kernel, kernel]), kernel[:1]):
+        raises(
+            with_kernel(wrong),
+            (ValueError,),
+            "layer/kernel",
+            str(wrong.shape),
+            str(tasks_of(record)),
+        )
+    raises(with_kernel(kernel[:, :1]), (ValueError,), "layer/kernel", str((tasks_of(record), 1, 3)))
     raises(with_kernel(jnp.ones((), dtype)), (ValueError,), "layer/kernel", "()")
     raises(with_kernel(kernel.astype(jnp.int32)), (TypeError,), "layer/kernel", "int32")
     raises(with_kernel(kernel.astype(jnp.complex64)), (TypeError,), "layer/kernel", "complex")
@@ -288,15 +305,18 @@ def check_bad_input(record: Method, dtype: str) -> None:
 
 def check_order(record: Method, dtype: str) -> None:
     """Renumbering the tasks changes nothing."""
-    params, grads = parameters_of(dtype), sequence(4, dtype)
+    params, grads = parameters_of(dtype), sequence(4, dtype, tasks_of(record))
     stacked = built(record)
     run = jax.jit(lambda g: scanned(stacked, params, g)[0])
-    renumbered = jax.tree.map(lambda g: g[:, jnp.array([2, 0, 1])], grads)
+    renumbered = jax.tree.map(lambda g: g[:, jnp.roll(jnp.arange(tasks_of(record)), 1)], grads)
     assert_trees_equal(run(renumbered), run(grads), "renumbered tasks", rtol=1e-4, atol=1e-5)
 
 
 def check_single_task(record: Method, dtype: str) -> None:
     """One task passes unchanged through a combiner, and keeps a transformation alive."""
+    if record.name in TASKS_OF:
+        raises(lambda: built(record, tasks=1).init(parameters_of(dtype)), (ValueError,), "got 1")
+        return
     params, grads = parameters_of(dtype), sequence(2, dtype, tasks=1)
     stacked = built(record, tasks=1)
     outs, state = jax.jit(lambda g: scanned(stacked, params, g))(grads)
@@ -330,11 +350,26 @@ def _marks(record: Method, rule: str, dtype: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
 
 
+LONG_FORM = {
+    ("state", "float16"),
+    ("state", "float64"),
+    ("finite", "float64"),
+    ("dtype", "float64"),
+}
+"""What only ``make test-full`` runs."""
+
 RECORDS = catalog.records("combiner")
 
 CASES = [
     pytest.param(
-        record, rule, dtype, id=f"{name}-{rule}-{dtype}", marks=_marks(record, rule, dtype)
+        record,
+        rule,
+        dtype,
+        id=f"{name}-{rule}-{dtype}",
+        marks=[
+            *_marks(record, rule, dtype),
+            *([pytest.mark.slow] if (rule, dtype) in LONG_FORM else []),
+        ],
     )
     for name, record in RECORDS.items()
     for rule, (_, dtypes) in CHECKS.items()
