@@ -1,5 +1,8 @@
 """Measurements that change no update."""
 
+from optimkit.diagnostics.continual import ContinualEval as ContinualEval
+from optimkit.diagnostics.continual import continual_metrics as continual_metrics
+from optimkit.diagnostics.continual import windowed_max_drop as windowed_max_drop
 from optimkit.diagnostics.effective_rate import angular_update as angular_update
 from optimkit.diagnostics.effective_rate import (
     effective_learning_rate as effective_learning_rate,
@@ -19,4 +22,14 @@ from optimkit.diagnostics.sharpness import noisy_extreme as noisy_extreme
 from optimkit.diagnostics.sharpness import scale_learning_rate as scale_learning_rate
 from optimkit.diagnostics.sharpness import sharpness as sharpness
 from optimkit.diagnostics.sharpness import stability_metrics as stability_metrics
+from optimkit.diagnostics.spectrum import alpha_req as alpha_req
+from optimkit.diagnostics.spectrum import effective_rank as effective_rank
+from optimkit.diagnostics.spectrum import (
+    effective_rank_dynamics as effective_rank_dynamics,
+)
+from optimkit.diagnostics.spectrum import eigenspectrum as eigenspectrum
+from optimkit.diagnostics.spectrum import rankme as rankme
+from optimkit.diagnostics.spectrum import (
+    running_mean_difference as running_mean_difference,
+)
 from optimkit.diagnostics.spikes import gradient_spike_score as gradient_spike_score

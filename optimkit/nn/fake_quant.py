@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optimkit.gradients.straight_through import straight_through
 from optimkit.numerics import check_choice, check_count, compute_dtype
 from optimkit.protocols import Array
 
@@ -90,13 +91,6 @@ def _split_top(y: Array, keep_top: int) -> tuple[Array, Array]:
     return kept, jnp.max(magnitude, axis=-1, keepdims=True, initial=0)
 
 
-def _straight_through(quantize: Callable[[Array], Array], x: Array) -> Array:
-    """``quantize(x)`` with the derivative of the identity, in forward and reverse mode."""
-    through = jax.custom_jvp(quantize)
-    through.defjvp(lambda primals, tangents: (through(*primals), tangents[0]))
-    return through(x)
-
-
 # ---------------------------------------------------------------------------------------------
 # Quantizers
 # ---------------------------------------------------------------------------------------------
@@ -156,7 +150,7 @@ def fake_quant_fp4(x: Array, *, group_size: int = 256, keep_top: int = 2) -> Arr
         level = jnp.round(4 * rounded(jnp.where(kept, 0, y) / scale))
         return jnp.where(kept, y, rounded(level * (scale / 4))).reshape(x.shape).astype(x.dtype)
 
-    return _straight_through(quantize, x)
+    return straight_through(quantize)(x)
 
 
 class Int4Codes(NamedTuple):
@@ -249,7 +243,7 @@ def fake_quant_int4_weight(w: Array, *, bits: int = 4, group_size: int = 256) ->
         _, rounded = _arithmetic(w)
         return rounded((codes - zero) * scale).reshape(w.shape).astype(w.dtype)
 
-    return _straight_through(quantize, w)
+    return straight_through(quantize)(w)
 
 
 def fake_quant_int4_activation(
@@ -316,7 +310,7 @@ def fake_quant_int4_activation(
         value = rounded(_divide(level * scale, top))
         return jnp.where(kept, y, value).reshape(x.shape).astype(x.dtype)
 
-    return _straight_through(quantize, x)
+    return straight_through(quantize)(x)
 
 
 def _check_bits(bits: int) -> None:
