@@ -10,9 +10,6 @@ from optimkit.controllers.forecast import drop_outliers as drop_outliers
 from optimkit.controllers.forecast import exponential_forecast as exponential_forecast
 from optimkit.controllers.leap import LeapController as LeapController
 from optimkit.controllers.leap import LeapDecision as LeapDecision
-from optimkit.controllers.leap import Verdict as Verdict
-from optimkit.controllers.leap import accept as accept
-from optimkit.controllers.leap import verify_then_accept as verify_then_accept
 from optimkit.controllers.outer import OuterAccelerator as OuterAccelerator
 from optimkit.controllers.outer import OuterState as OuterState
 from optimkit.controllers.outer import accelerate_outer as accelerate_outer
@@ -33,3 +30,6 @@ from optimkit.controllers.run import AutoLRSTraining as AutoLRSTraining
 from optimkit.controllers.run import run_autolrs as run_autolrs
 from optimkit.controllers.suggest import gp_lcb_suggest as gp_lcb_suggest
 from optimkit.controllers.suggest import gp_posterior as gp_posterior
+from optimkit.controllers.verify import Verdict as Verdict
+from optimkit.controllers.verify import accept as accept
+from optimkit.controllers.verify import verify_then_accept as verify_then_accept
