@@ -111,6 +111,7 @@ from optimkit.transforms.fedhyper_client import (
 )
 from optimkit.transforms.flip_signs import flip_signs as flip_signs
 from optimkit.transforms.gate_small_gradients import gate_small_gradients as gate_small_gradients
+from optimkit.transforms.gradient_disorder import track_gradient_disorder as track_gradient_disorder
 from optimkit.transforms.independent_weight_decay import (
     independent_weight_decay as independent_weight_decay,
 )
@@ -148,6 +149,7 @@ from optimkit.transforms.tracked_norm import (
 )
 from optimkit.transforms.tract import tract_precondition as tract_precondition
 from optimkit.transforms.trust_ratio import scale_to_weight_norm as scale_to_weight_norm
+from optimkit.wrappers.accumulate import accumulate as accumulate
 from optimkit.wrappers.averaging import averaged_params as averaged_params
 from optimkit.wrappers.averaging import with_averaged_params as with_averaged_params
 from optimkit.wrappers.by_kind import by_kind as by_kind

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from optimkit.benchmark import estimators, matrices, step_cost
+from optimkit.benchmark import estimators, matrices, memory, step_cost, tasks
 
-TABLES = (step_cost, matrices, estimators)
+TABLES = (step_cost, memory, matrices, estimators, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

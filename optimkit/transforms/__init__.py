@@ -11,6 +11,7 @@ from optimkit.transforms.block_codes import dynamic_map as dynamic_map
 from optimkit.transforms.block_codes import quantize_blockwise as quantize_blockwise
 from optimkit.transforms.fedhyper import fedhyper_server_local as fedhyper_server_local
 from optimkit.transforms.flip_signs import rule_flip_mask as rule_flip_mask
+from optimkit.transforms.gradient_disorder import gradient_disorder as gradient_disorder
 from optimkit.transforms.init_snr import init_snr as init_snr
 from optimkit.transforms.kappa import kappa_subgradient as kappa_subgradient
 from optimkit.transforms.multiplicative_langevin import dale_langevin_step as dale_langevin_step

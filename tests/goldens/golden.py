@@ -25,6 +25,7 @@ import optimkit as ok
 FOLDER = Path(__file__).parent
 
 TOLERANCES: dict[str, float] = {
+    "orthogonal_gradient": 1e-7,  # the reference takes the backward part from a difference
     "gcond__bf16_unmodified_one_iter": 3e-2,  # the reference's buffers
     "gcond": 1e-5,  # the reference computes in float32
     # SLSQP stops at 1e-6 of its objective; ours, by the duality gap, at 1e-8
@@ -37,6 +38,11 @@ TOLERANCES: dict[str, float] = {
     "quantized_state__codebook": 1e-6,  # recorded in float32
     "fake_quant_4bit__bfloat16": 2e-2,
     "fake_quant_4bit__float32": 1e-6,
+    "spectral_diagnostics": 1e-8,  # the reference fits with float32 weights
+    "spectral_diagnostics__dynamics_stride10": 1e-4,  # the reference computes in float32
+    "spectral_diagnostics__dynamics_stride4": 1e-4,
+    "spectral_diagnostics__heldout_dynamics_stride7": 1e-4,
+    "stability_gap": 1e-6,  # its averages are float32
     "zeroth_order__mezo_decay_f32": 1e-4,  # float32; a small difference of losses over 2 eps
 }
 """Tolerances other than 1e-9, by file or by method."""
@@ -75,7 +81,7 @@ class Golden:
             return "trajectory"
         if {"step", "value"} <= tops:
             return "schedule"
-        return "combiner" if "task_grads" in tops else "other"
+        return "combiner" if self.tree("task_grads") else "other"
 
     def tree(self, top: str) -> dict[str, np.ndarray]:
         """The arrays below ``top/``, by leaf path."""
@@ -169,8 +175,9 @@ def resolve(name: str) -> Any:
         except ModuleNotFoundError:
             continue
         # Of a whole family, "name_*", the first stands for all.
-        for found in fnmatch.filter(sorted(vars(module)), name):
-            return getattr(module, found)
+        for found in (name, *fnmatch.filter(sorted(vars(module)), name)):
+            if hasattr(module, found):
+                return getattr(module, found)
     raise LookupError(f"optimkit has no public {name!r}")
 
 

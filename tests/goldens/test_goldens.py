@@ -91,6 +91,7 @@ COVERED_BY: dict[str, str] = {
     "sparse_momentum": "spam",
     "suppress_outliers": "root",
     "track_spike_score": "spam",
+    "track_gradient_disorder": "gaqat",
     "tract_precondition": "tract",
     "with_averaged_params": "checkpoint_averaging",
 }

@@ -14,7 +14,9 @@ from flax import nnx
 import optimkit as ok
 from optimkit.diagnostics import metrics
 
-PARAMS: Any = {"dense": {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "bias": jnp.array([4.0, 0.0])}}
+PARAMS: Any = {
+    "dense": {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]]), "bias": jnp.array([4.0, 0.0])}
+}
 GRADS: Any = jax.tree.map(lambda p: 2 * p, PARAMS)
 
 
