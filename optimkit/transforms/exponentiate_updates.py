@@ -111,10 +111,31 @@ def growth(w: Array, exponent: Array, limits: Limits) -> Array:
     """``w exp(exponent) - w``, finite for every finite exponent, and short of ``-w``."""
     size = jnp.abs(w)
     highest = math.log(float(jnp.finfo(w.dtype).max) / 2)
-    grown = size * jnp.expm1(jnp.clip(exponent, math.log(limits.eps), highest))
+    grown = size * expm1(jnp.clip(exponent, math.log(limits.eps), highest))
     # A weight at or below the smallest does not shrink.
     grown = jnp.maximum(grown, jnp.minimum(limits.smallest - size, 0))
     return jnp.sign(w) * jnp.minimum(grown, limits.largest)
+
+
+def expm1(x: Array) -> Array:
+    """``exp(x) - 1`` for x in [-87, 88], to two units in the last place.
+
+    In float32 by a polynomial that compilers vectorise: XLA's own takes twice as long as the memory
+    traffic of a whole step on CPUs.
+
+    >>> [round(float(expm1(jnp.float32(x))), 12) for x in (0.0, 1e-6, 0.6931472)]
+    [0.0, 1e-06, 1.0]
+    """
+    if x.dtype != jnp.float32:
+        return jnp.expm1(x)
+    # x = k log 2 + r with |r| <= log(2) / 2, log 2 in two parts, the first exact in 16 bits.
+    k = jnp.round(x * (1 / math.log(2)))
+    r = (x - k * 0.693359375) - k * (math.log(2) - 0.693359375)
+    tail: Any = 1 / 5040
+    for factorial in (720, 120, 24, 6, 2):
+        tail = tail * r + 1 / factorial
+    power = jax.lax.bitcast_convert_type((k.astype(jnp.int32) + 127) << 23, jnp.float32)
+    return power * (r + r * r * tail) + (power - 1)
 
 
 RECORD = Method(

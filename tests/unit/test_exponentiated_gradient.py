@@ -11,6 +11,7 @@ import pytest
 
 import optimkit as ok
 from optimkit import nn, transforms
+from optimkit.transforms.exponentiate_updates import expm1
 
 W = jnp.array([1.0, -1.0, 0.0])
 
@@ -181,3 +182,12 @@ def test_initial_weights_have_the_fan_in_and_no_zero() -> None:
         nn.lognormal_signed_init()(jax.random.key(0), (3,))
     with pytest.raises(ValueError, match="gain must be > 0"):
         nn.lognormal_signed_init(0.0)
+
+
+def test_expm1_is_exact_to_two_units() -> None:
+    x = np.concatenate([np.linspace(-16, 88, 2001), np.geomspace(1e-30, 1, 301)])
+    x = np.concatenate([x, -np.geomspace(1e-30, 1, 301)]).astype(np.float32)
+    exact = np.expm1(x.astype(np.float64))
+    unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+    error = np.abs(np.asarray(expm1(jnp.asarray(x)), np.float64) - exact)
+    assert np.max(error / unit) < 2
