@@ -8,7 +8,10 @@ WORKERS ?= 2
 # Tests run on the CPU, with one compilation cache for all workers and runs.
 TEST_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
-EIGHT_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8
+# Eight devices on two busy cores may wait for each other longer than XLA's patience of 40 seconds.
+EIGHT_DEVICES := XLA_FLAGS="--xla_force_host_platform_device_count=8 \
+  --xla_cpu_collective_call_warn_stuck_timeout_seconds=120 \
+  --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 .PHONY: install demo test test-full test-lowest goldens contract notebooks lint format clean
 

@@ -1,8 +1,8 @@
-"""Four optimizers, one language model, the same batches: a table, and one picture.
+"""Seven optimizers, one language model, the same batches: a table, and one picture.
 
     python -m examples.compare
 
-Trains the byte-level model of ``examples.lm`` with optax's AdamW and with three methods of
+Trains the byte-level model of ``examples.lm`` with optax's AdamW and with six methods of
 optimkit. Each runs at the rate that was best for it in the small sweep recorded below.
 """
 
@@ -60,10 +60,14 @@ ENTRIES = (
         "weight_decay=0.1,scaling='moonlight'",
         {1e-3: 1.861, 3e-3: 1.355, 1e-2: 1.287, 3e-2: 1.329},
     ),
+    Entry("root", "weight_decay=0.1,coeff_table={}", {3e-3: 0, 1e-2: 0, 3e-2: 0}),
+    Entry("scale_sgd", "", {1e-3: 0, 3e-3: 0, 1e-2: 0}),
+    Entry("mkor", "", {1e-1: 0, 3e-1: 0, 1.0: 0}),
 )
 
-COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73")  # told apart by colour-blind readers too
-STYLES = ("-", "--", "-.", ":")
+# Told apart by colour-blind readers too.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+STYLES = ("-", "--", "-.", ":", "-", "--", "-.")
 SMOOTH = 10
 
 

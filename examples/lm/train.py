@@ -33,7 +33,7 @@ from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from examples.lm import report
+from examples.lm import report, taps
 from examples.lm.branches import Branch, Extended, branch_schedule, folder_of, main_line, resolved
 from examples.lm.checkpoints import CheckpointHook, Resume, Stopped, checkpoints_of
 from examples.lm.config import (
@@ -89,6 +89,8 @@ def build_optimizer(config: Config, rate: Any) -> optax.GradientTransformationEx
                     f"{record.name} needs {sorted(missing)} in every update, which this trainer "
                     "does not compute"
                 )
+        if taps.wants_stats(config):
+            keywords = {**taps.DEFAULTS, **keywords}
         if "learning_rate" in inspect.signature(factory).parameters:
             keywords = {"learning_rate": rate, **keywords}
         catalog.check_keywords(factory, keywords)
@@ -118,36 +120,41 @@ def build_mesh(config: Config) -> jax.sharding.Mesh:
 # Training
 # ---------------------------------------------------------------------------------------------
 
-GIVEN_EXTRAS = ("value", "grad", "value_fn")
+GIVEN_EXTRAS = ("value", "grad", "value_fn", "layer_stats")
 """Extra arguments that the step hands to the optimizer."""
 
 
 def make_steps(
-    graphdef: Any, tx: optax.GradientTransformationExtraArgs, z_coefficient: float = 0.0
+    graphdef: Any,
+    zeros: Any,
+    tx: optax.GradientTransformationExtraArgs,
+    z_coefficient: float = 0.0,
 ) -> tuple[Any, Any]:
     """The two pure functions of a run: ``train_step`` and ``eval_step``.
 
     Training minimises the cross-entropy and ``z_coefficient`` times the z-loss; what is reported is
-    the cross-entropy alone.
+    the cross-entropy alone. ``zeros`` are the taps of the model, see ``taps.py``.
     """
 
-    def losses(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graphdef, params)(batch[:, :-1])
+    def losses(params: Any, zeros: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, params, zeros)(batch[:, :-1])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
         return loss + z_loss(logits, z_coefficient) if z_coefficient else loss, loss
 
     def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
-        return losses(params, batch)[1]
+        return losses(params, zeros, batch)[1]
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Any]:
-        (value, loss), grads = jax.value_and_grad(losses, has_aux=True)(params, batch)
+        both = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
+        (value, loss), (grads, tap_grads) = both(params, zeros, batch)
         updates, opt_state = tx.update(
             grads,
             opt_state,
             params,
             value=value,
             grad=grads,
-            value_fn=lambda params: losses(params, batch)[0],
+            value_fn=lambda params: losses(params, zeros, batch)[0],
+            **taps.extras_of(tap_grads),
         )
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, metrics
@@ -166,7 +173,8 @@ class Trainer:
       hooks: what happens around the steps, in this order.
       tx: an optimizer to use in place of the one that the settings name, for example
         ``optax.chain(something, build_optimizer(config, build_schedule(config)))``.
-      linear: what makes the projections of the blocks, see ``LanguageModel``.
+      linear: what makes the projections of the blocks, see ``LanguageModel``; by default
+        ``nnx.Linear``, with taps if the optimizer wants statistics of the layers.
 
     Raises:
       ConfigError: if a setting is wrong.
@@ -178,7 +186,7 @@ class Trainer:
         hooks: Sequence[report.Hook] = (),
         *,
         tx: optax.GradientTransformation | None = None,
-        linear: Linear = nnx.Linear,
+        linear: Linear | None = None,
     ):
         self.config = config = resolved(config)
         self.hooks = tuple(hooks)
@@ -203,9 +211,10 @@ class Trainer:
             shape = ModelConfig(
                 width=config.width, depth=config.depth, heads=config.heads, qk_norm=config.qk_norm
             )
+        linear = linear or taps.linear_for(config)
         model = LanguageModel(shape, rngs=nnx.Rngs(config.seed), linear=linear)
-        graphdef, params = nnx.split(model)
-        train_step, eval_step = make_steps(graphdef, self.tx, config.z_loss)
+        graphdef, params, zeros = taps.split(model)
+        train_step, eval_step = make_steps(graphdef, zeros, self.tx, config.z_loss)
         # The old parameters and state are donated: their memory becomes that of the new ones.
         self.train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=replicated)
         self.eval_step = jax.jit(eval_step)
