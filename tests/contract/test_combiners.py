@@ -350,13 +350,8 @@ def _marks(record: Method, rule: str, dtype: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
 
 
-LONG_FORM = {
-    ("state", "float16"),
-    ("state", "float64"),
-    ("finite", "float64"),
-    ("dtype", "float64"),
-}
-"""What only ``make test-full`` runs."""
+USUAL = {"state": ("float32",), "finite": ("float16", "float32"), "dtype": ("float16", "bfloat16")}
+"""Dtypes of these rules in the usual suite; ``make test-full`` runs the others, too."""
 
 RECORDS = catalog.records("combiner")
 
@@ -368,7 +363,7 @@ CASES = [
         id=f"{name}-{rule}-{dtype}",
         marks=[
             *_marks(record, rule, dtype),
-            *([pytest.mark.slow] if (rule, dtype) in LONG_FORM else []),
+            *([] if dtype in USUAL.get(rule, dtypes) else [pytest.mark.slow]),
         ],
     )
     for name, record in RECORDS.items()

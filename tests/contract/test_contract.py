@@ -17,10 +17,17 @@ METHODS = {
 }
 
 
-LONG_FORM = {
-    (rule, dtype) for rule in ("compose", "compile", "restart") for dtype in ("float16", "float64")
+USUAL_DTYPES = {
+    "state": ("bfloat16", "float32"),
+    "finite": ("float16", "float32"),
+    "dtype": ("float16", "bfloat16"),
+    "compile": ("float32",),
+    "compose": ("float32",),
+    "trees": ("float32",),
+    "bad_input": ("float32",),
+    "restart": ("float32",),
 }
-"""Rules that compile much and seldom depend on the dtype: only ``make test-full`` runs these."""
+"""Where each rule says most; recordings run in float64. ``make test-full`` runs all dtypes."""
 
 
 CASES = [
@@ -31,7 +38,7 @@ CASES = [
         id=f"{name}-{rule}-{dtype}",
         marks=[
             *marks_of(record, rule, dtype),
-            *([pytest.mark.slow] if (rule, dtype) in LONG_FORM else []),
+            *([] if dtype in USUAL_DTYPES[rule] else [pytest.mark.slow]),
         ],
     )
     for name, record in METHODS.items()
