@@ -431,9 +431,5 @@ RECORDS = (
         paper=_PAPER,
         reference=_REFERENCE + "_gradient_method",
         licence="Apache-2.0",
-        exempt={
-            "compose": "one norm over all leaves: where a mask takes some away, the rest step "
-            "further"
-        },
     ),
 )
