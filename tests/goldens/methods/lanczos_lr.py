@@ -38,7 +38,7 @@ def run(golden: Golden, **overrides: Any) -> dict[str, float]:
         h = x
         for index in range(depth):
             layer = params[f"dense_{index}"]
-            h = h @ layer["kernel"] + layer["bias"]
+            h = h @ layer["kernel"] + layer["bias"][None]
             h = jnp.tanh(h) if index < depth - 1 else h
         return h
 
@@ -74,7 +74,8 @@ def run(golden: Golden, **overrides: Any) -> dict[str, float]:
     few = lanczos(hessian, start, golden.kwargs["num_iters"])
     found = slq_density(few.alphas, few.betas)
     powers = np.arange(5)
-    moments = jnp.sum(found[1] * found[0] ** powers[:, None], axis=1)
+    nodes_few, weights_few = (np.asarray(part) for part in found)
+    moments = np.sum(weights_few * nodes_few ** powers[:, None], axis=1)
     exact = np.sum(golden.arrays["v0_weights"] * eigs ** powers[:, None], axis=1)
     extremes = hessian_extremes(loss, params, None, key, v0.size)
     estimate = hessian_trace(loss, params, None, key, num_samples=400)
