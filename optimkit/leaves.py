@@ -339,7 +339,9 @@ def narrow_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, p: narrow(x, jnp.result_type(p)), tree, like)
 
 
-def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
+def recipe(
+    *links: optax.GradientTransformation, last: GradientTransformation | None = None
+) -> GradientTransformation:
     """A paper's method as a chain: checks the input, computes in f32 or better, casts once, last.
 
     Every link sees gradients and parameters in ``promote_types(f32, parameter)`` and passes on
@@ -347,6 +349,8 @@ def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
 
     Args:
       *links: gradient transformations, applied in order; the last one applies the rate.
+      last: a link without state behind them that sees the parameters in their own dtype, for what
+        has to know how a weight is stored.
 
     Returns:
       A transformation whose ``update`` needs the parameters, and ignores extra arguments that no
@@ -369,6 +373,8 @@ def recipe(*links: optax.GradientTransformation) -> GradientTransformation:
         check_match(updates, params, what="gradient", like="the parameters")
         check_real(updates, "gradient")
         new, state = inner.update(widen(updates, params), state, widen(params), **extra)
+        if last is not None:
+            new, _ = last.update(new, optax.EmptyState(), params)
         return narrow_like(new, params), state
 
     return transformation(init, update)

@@ -46,6 +46,11 @@ def leaf_axes(tree: PyTree, override: MatrixAxesOverride = None) -> list[MatrixA
     ]
 
 
+def axes_tree(tree: PyTree, override: MatrixAxesOverride = None) -> PyTree:
+    """``leaf_axes`` as a tree like ``tree``."""
+    return jax.tree.structure(tree).unflatten(leaf_axes(tree, override))
+
+
 def map_matrices(
     kernel: Callable[[Array], Array],
     tree: PyTree,

@@ -13,6 +13,7 @@ from optimkit.matrices.newton_schulz import KELLER, NsCoeffs
 from optimkit.numerics import check_choice, check_range
 from optimkit.protocols import GradientTransformation, LeafSelector, Mask, Method, ScalarOrSchedule
 from optimkit.transforms.cosh_rms import scale_by_cosh_rms
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.matrix_shape import SCALINGS, scale_by_matrix_shape
 from optimkit.transforms.momentum import ema_momentum
 from optimkit.transforms.orthogonalize import orthogonalize_updates
@@ -250,7 +251,7 @@ def _stepped(
         return split
     return recipe(
         direction,
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

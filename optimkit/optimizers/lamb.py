@@ -10,6 +10,7 @@ from optimkit.leaves import recipe
 from optimkit.numerics import check_range
 from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
 from optimkit.transforms.adam import scale_by_adam
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.trust_ratio import scale_to_weight_norm
 
 
@@ -66,7 +67,7 @@ def lamb(
     check_range(learning_rate=learning_rate, weight_decay=weight_decay, ge=0)
     return recipe(
         scale_by_adam(b1, b2, eps, bias_correction=bias_correction),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         scale_to_weight_norm(max_weight_norm),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -12,6 +12,7 @@ from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import recipe
 from optimkit.numerics import check_range
 from optimkit.protocols import GradientTransformation, Method, PyTree, ScalarOrSchedule
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.mkor import (
     PAPER,
     REFERENCE,
@@ -205,7 +206,7 @@ def _behind(
     if inner is not None:
         return (inner,)
     return (
-        optax.add_decayed_weights(weight_decay),
+        decayed_weights(weight_decay),
         dampened_trace(b1),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -20,6 +20,7 @@ from optimkit.protocols import (
     ScalarOrSchedule,
 )
 from optimkit.transforms.adam import scale_by_adam
+from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.last_layer_momentum import last_layer_tree
 from optimkit.transforms.momentum import ema_momentum
 from optimkit.transforms.normalize_columns import normalize_columns
@@ -123,7 +124,7 @@ def scale_sgd(
             normalize_columns(norm=norm, eps=norm_eps, matrix_axes=matrix_axes),
             scale_by_adam(b1, b2, eps, eps_form="before_bias_correction"),
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         rate,
     )
 

@@ -22,7 +22,7 @@ def after(rate: Array, tree: PyTree) -> PyTree:
     before it is known, or the compiler copies them first, 4 bytes a parameter; and what is computed
     before and after need not be stored in between.
     """
-    return jax.tree.map(lambda x: in_turn(x, jnp.abs(rate)), tree)
+    return jax.tree.map(lambda x: in_turn(x, rate), tree)
 
 
 def alignment(a: PyTree, b: PyTree) -> Array:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, map_leaves
-from optimkit.matrices.engine import leaf_axes
+from optimkit.matrices.engine import axes_tree
 from optimkit.numerics import check_range, in_turn, safe_div, safe_norm, turn_after
 from optimkit.protocols import (
     Array,
@@ -72,12 +71,8 @@ def scale_by_cosh_rms(
     """
     check_range(gamma=gamma, norm_eps=norm_eps, eps=eps, ge=0)
 
-    def all_axes(tree: PyTree) -> PyTree:
-        """How each leaf is seen as matrices; None for vectors."""
-        return jax.tree.structure(tree).unflatten(leaf_axes(tree, matrix_axes))
-
     def init(params: PyTree) -> optax.EmptyState:
-        all_axes(params)  # an ambiguous layout shows before training starts
+        axes_tree(params, matrix_axes)  # an ambiguous layout shows before training starts
         return optax.EmptyState()
 
     def update(
@@ -106,7 +101,7 @@ def scale_by_cosh_rms(
             turn = turn_after(done, turn)
             return done
 
-        return map_leaves(step, updates, reads=(all_axes(updates),)), state
+        return map_leaves(step, updates, reads=(axes_tree(updates, matrix_axes),)), state
 
     return transformation(init, update)
 

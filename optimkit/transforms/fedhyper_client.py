@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import optax
 
-from optimkit.leaves import check_match, map_leaves, widen, zero_count, zeros_like
+from optimkit.leaves import map_leaves, matching_leaves, widen, zero_count, zeros_like
 from optimkit.numerics import check_count, check_range, hyperparameter_dtype, next_count
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.alignment import after, alignment
@@ -24,18 +22,6 @@ class FedHyperClientState(NamedTuple):
     count: Array
     scale: Array
     last_update: PyTree
-
-
-def _unmasked(tree: PyTree, like: PyTree) -> PyTree:
-    """The leaves of an extra argument that ``optax.masked`` has left in the gradient."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if any(masked(node) for node in jax.tree.leaves(like, is_leaf=masked)):
-        tree = jax.tree.map(lambda g, x: g if masked(g) else x, like, tree, is_leaf=masked)
-    check_match(tree, like, what="global_update", like="the gradient")
-    return tree
 
 
 def scale_by_fedhyper_client(
@@ -107,7 +93,9 @@ def scale_by_fedhyper_client(
                 "change of the global model, zeros in the first round"
             )
         wide = checked_delta(updates, state.last_update)
-        overall = widen(_unmasked(global_update, updates), state.last_update)
+        overall = widen(
+            matching_leaves(global_update, updates, what="global_update"), state.last_update
+        )
         first = state.count == 0
         skipped = state.count % steps_per_epoch == 0
 

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-
-from optimkit.leaves import check_match, decay_tree, map_leaves, require_params, zero_count
-from optimkit.numerics import check_range, next_count
-from optimkit.protocols import (
-    Array,
-    GradientTransformation,
-    Mask,
-    Method,
-    PyTree,
-    ScalarOrSchedule,
-    transformation,
-)
-
-
-class IndependentWeightDecayState(NamedTuple):
-    """``count``: int32 scalar, for the schedule."""
-
-    count: Array
+from optimkit.numerics import check_range
+from optimkit.protocols import GradientTransformation, Mask, Method, ScalarOrSchedule
+from optimkit.transforms.decay_after_step import shrink_parameters
 
 
 def independent_weight_decay(
@@ -62,34 +46,14 @@ def independent_weight_decay(
     Reference: Wortsman et al., "Small-scale proxies for large-scale Transformer training
     instabilities", ICLR 2024, arXiv 2309.14322, section 3.2.2.
     """
-    check_range(weight_decay=weight_decay, schedule=schedule, ge=0)
-
-    def init(params: PyTree) -> IndependentWeightDecayState:
-        del params
-        return IndependentWeightDecayState(zero_count())
-
-    def update(
-        updates: PyTree,
-        state: IndependentWeightDecayState,
-        params: PyTree | None = None,
-        **extra: Any,
-    ) -> tuple[PyTree, IndependentWeightDecayState]:
-        del extra
-        params = require_params(params, "independent_weight_decay")
-        check_match(updates, params, what="gradient", like="the parameters")
-        share = schedule(state.count) if callable(schedule) else schedule
-        shrink = jax.tree.map(
-            lambda decayed: share * weight_decay if decayed else 0.0, decay_tree(mask, params)
-        )
-
-        def step(u: Array, w: Array, shrink: Any) -> Array:
-            return u - shrink * w
-
-        return map_leaves(step, updates, reads=(params, shrink)), IndependentWeightDecayState(
-            next_count(state.count)
-        )
-
-    return transformation(init, update)
+    check_range(schedule=schedule, ge=0)
+    return shrink_parameters(
+        lambda u, w, shrink: u - shrink * w,
+        weight_decay,
+        schedule,
+        mask,
+        who="independent_weight_decay",
+    )
 
 
 RECORD = Method(

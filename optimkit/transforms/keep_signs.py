@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from optimkit.leaves import check_match, check_real, map_leaves, narrow_like, require_params, widen
+from optimkit.leaves import check_match, check_real, map_leaves, recipe, require_params
 from optimkit.numerics import check_range
 from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
 from optimkit.transforms.exponentiate_updates import Limits, limits_like
@@ -88,23 +88,7 @@ def sign_preserving(
       last: ``keep_signs`` or ``exponentiate_updates``, without state of its own.
       *links: gradient transformations, applied in order; the last of them applies the rate.
     """
-    inner = optax.with_extra_args_support(optax.chain(*links))
-
-    def init(params: PyTree) -> PyTree:
-        check_real(params, "parameter")
-        return inner.init(widen(params))
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        params = require_params(params, "this optimizer")
-        check_match(updates, params, what="gradient", like="the parameters")
-        check_real(updates, "gradient")
-        new, state = inner.update(widen(updates, params), state, widen(params), **extra)
-        new, _ = last.update(new, optax.EmptyState(), params)
-        return narrow_like(new, params), state
-
-    return transformation(init, update)
+    return recipe(*links, last=last)
 
 
 RECORD = Method(

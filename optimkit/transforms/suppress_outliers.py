@@ -10,7 +10,7 @@ import optax
 
 from optimkit.layout import MatrixAxesOverride
 from optimkit.leaves import check_match, map_leaves
-from optimkit.matrices.engine import leaf_axes
+from optimkit.matrices.engine import axes_tree
 from optimkit.matrices.statistics import magnitude_quantile as magnitude_quantile
 from optimkit.numerics import check_range
 from optimkit.protocols import (
@@ -75,7 +75,7 @@ def suppress_outliers(
         """How each leaf is seen as matrices; None for vectors."""
         if threshold is not None:
             return jax.tree.map(lambda _: None, tree)
-        return jax.tree.structure(tree).unflatten(leaf_axes(tree, matrix_axes))
+        return axes_tree(tree, matrix_axes)
 
     def init(params: PyTree) -> optax.EmptyState:
         all_axes(params)  # an ambiguous layout shows before training starts

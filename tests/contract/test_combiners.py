@@ -31,6 +31,7 @@ from tests.contract.checks import (
     raises,
     state_classes,
 )
+from tests.exempt import marks_of
 
 TASKS = 3
 
@@ -343,11 +344,13 @@ CHECKS: dict[str, tuple[Callable[[Method, str], None], tuple[str, ...]]] = {
 # -- the records ------------------------------------------------------------------------------
 
 
-def _marks(record: Method, rule: str, dtype: str) -> list[pytest.MarkDecorator]:
-    reason = record.exempt.get(rule) or record.exempt.get(f"{rule}:{dtype}")
-    if rule == "order":
-        reason = reason or ORDER_MATTERS.get(record.name)
-    return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+def _marks(
+    record: Method, rule: str, dtype: str, dtypes: tuple[str, ...]
+) -> list[pytest.MarkDecorator]:
+    marks = marks_of(record, rule, dtype, usual=USUAL.get(rule, dtypes))
+    if rule == "order" and record.name in ORDER_MATTERS:
+        marks.append(pytest.mark.xfail(reason=ORDER_MATTERS[record.name], strict=True))
+    return marks
 
 
 USUAL = {"state": ("float32",), "finite": ("float16", "float32"), "dtype": ("float16", "bfloat16")}
@@ -361,10 +364,7 @@ CASES = [
         rule,
         dtype,
         id=f"{name}-{rule}-{dtype}",
-        marks=[
-            *_marks(record, rule, dtype),
-            *([] if dtype in USUAL.get(rule, dtypes) else [pytest.mark.slow]),
-        ],
+        marks=_marks(record, rule, dtype, dtypes),
     )
     for name, record in RECORDS.items()
     for rule, (_, dtypes) in CHECKS.items()

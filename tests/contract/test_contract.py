@@ -36,10 +36,7 @@ CASES = [
         rule,
         dtype,
         id=f"{name}-{rule}-{dtype}",
-        marks=[
-            *marks_of(record, rule, dtype),
-            *([] if dtype in USUAL_DTYPES[rule] else [pytest.mark.slow]),
-        ],
+        marks=marks_of(record, rule, dtype, usual=USUAL_DTYPES[rule]),
     )
     for name, record in METHODS.items()
     for rule in CHECKS

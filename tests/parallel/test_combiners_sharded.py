@@ -11,10 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from optimkit import catalog
 from optimkit.protocols import GradientCombiner, Method
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 COMBINERS = [
     pytest.param(record, id=name)

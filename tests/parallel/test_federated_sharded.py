@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import AxisType
 
 from optimkit.federated import federated_momentum, fedhyper
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 RNG = np.random.default_rng(0)
 PARAMS: Any = {"w": jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32), "b": jnp.ones(3)}

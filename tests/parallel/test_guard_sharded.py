@@ -14,10 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import optimkit as ok
 from optimkit.diagnostics import metrics
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 PARAMS: Any = {"w": jnp.arange(16.0), "b": jnp.ones(())}
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimkit as ok
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 
 def last_update(place) -> dict[str, np.ndarray]:

@@ -17,10 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import optimkit as ok
 from tests.parallel.cases import assert_close, make_mesh
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 SHAPES = {
     "conv": {"kernel": (4, 4, 4, 8)},

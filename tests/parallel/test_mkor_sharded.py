@@ -12,10 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimkit as ok
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 RNG = np.random.default_rng(0)
 SHAPES = {

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 from optimkit.protocols import Method
 from tests.contract.probes import MESH_PROBE
 from tests.exempt import marks_of
 from tests.parallel import cases
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 RECORDS = [
     pytest.param(record, id=name, marks=marks_of(record, "sharding"))

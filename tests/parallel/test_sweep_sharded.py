@@ -14,10 +14,9 @@ from jax.sharding import AxisType
 import optimkit as ok
 from optimkit.sweep import sweep
 from optimkit.sweep.training import _Problem, _programs
+from tests.parallel.devices import EIGHT_DEVICES
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
+pytestmark = EIGHT_DEVICES
 
 RNG = np.random.default_rng(0)
 BATCHES = [RNG.normal(size=(16, 12)).astype(np.float32) for _ in range(5)]
