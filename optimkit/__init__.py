@@ -17,6 +17,8 @@ from optimkit.optimizers.apollo import scale_by_apollo as scale_by_apollo
 from optimkit.optimizers.auon import auon as auon
 from optimkit.optimizers.auon import hybrid_auon as hybrid_auon
 from optimkit.optimizers.classp import classp as classp
+from optimkit.optimizers.coso import coso as coso
+from optimkit.optimizers.coso import coso_end_task as coso_end_task
 from optimkit.optimizers.curl_descent import curl_descent as curl_descent
 from optimkit.optimizers.dale_langevin import dale_langevin as dale_langevin
 from optimkit.optimizers.diffgrad import diffgrad as diffgrad
@@ -37,6 +39,8 @@ from optimkit.optimizers.gradient_regularized_newton import (
 from optimkit.optimizers.gradient_regularized_newton import (
     normalized_gradient_search as normalized_gradient_search,
 )
+from optimkit.optimizers.gradnormlorp import gradnormlorp as gradnormlorp
+from optimkit.optimizers.gradnormlorp import weight_norm_adam as weight_norm_adam
 from optimkit.optimizers.hypergradient import adam_hd as adam_hd
 from optimkit.optimizers.hypergradient import sgd_hd as sgd_hd
 from optimkit.optimizers.lamb import lamb as lamb
@@ -77,6 +81,9 @@ from optimkit.schedules.linear import scale_schedule as scale_schedule
 from optimkit.schedules.one_cycle import one_cycle_schedule as one_cycle_schedule
 from optimkit.schedules.power import exponential_cooldown as exponential_cooldown
 from optimkit.schedules.power import power_schedule as power_schedule
+from optimkit.schedules.quick_recovery import (
+    cosine_quick_recovery_schedule as cosine_quick_recovery_schedule,
+)
 from optimkit.schedules.refined import refined_schedule as refined_schedule
 from optimkit.schedules.rewarm import rewarm_schedule as rewarm_schedule
 from optimkit.schedules.rex import profile_schedule as profile_schedule
@@ -143,6 +150,7 @@ from optimkit.transforms.regularize_gradient import regularize_gradient as regul
 from optimkit.transforms.snr import scale_by_snr as scale_by_snr
 from optimkit.transforms.spike_score import track_spike_score as track_spike_score
 from optimkit.transforms.suppress_outliers import suppress_outliers as suppress_outliers
+from optimkit.transforms.track_update_spectrum import track_update_spectrum as track_update_spectrum
 from optimkit.transforms.tracked_max import clip_by_tracked_max as clip_by_tracked_max
 from optimkit.transforms.tracked_norm import (
     normalize_by_tracked_norm as normalize_by_tracked_norm,
@@ -153,6 +161,7 @@ from optimkit.wrappers.accumulate import accumulate as accumulate
 from optimkit.wrappers.averaging import averaged_params as averaged_params
 from optimkit.wrappers.averaging import with_averaged_params as with_averaged_params
 from optimkit.wrappers.by_kind import by_kind as by_kind
+from optimkit.wrappers.dynamic_sparse import dynamic_sparse as dynamic_sparse
 from optimkit.wrappers.gradient_regularized_lora import (
     gradient_regularized_lora as gradient_regularized_lora,
 )
@@ -164,8 +173,10 @@ from optimkit.wrappers.lanczos_learning_rate import lanczos_learning_rate as lan
 from optimkit.wrappers.momentum_reset import momentum_reset as momentum_reset
 from optimkit.wrappers.normalize_and_project import normalize_and_project as normalize_and_project
 from optimkit.wrappers.project_low_rank import project_low_rank as project_low_rank
+from optimkit.wrappers.project_out import project_out as project_out
 from optimkit.wrappers.quantize_state import quantize_state as quantize_state
 from optimkit.wrappers.radial import project_radial as project_radial
+from optimkit.wrappers.refactorized import refactorized as refactorized
 from optimkit.wrappers.sam import sam as sam
 from optimkit.wrappers.schedule_free import schedule_free as schedule_free
 from optimkit.wrappers.schedule_free_params import (
@@ -179,5 +190,6 @@ from optimkit.wrappers.snr_learning_rate import snr_learning_rate as snr_learnin
 from optimkit.wrappers.sparse_momentum import sparse_momentum as sparse_momentum
 from optimkit.wrappers.state_dtype import with_state_dtype as with_state_dtype
 from optimkit.wrappers.track_clip_fraction import track_clip_fraction as track_clip_fraction
+from optimkit.wrappers.weight_normalized import weight_normalized as weight_normalized
 
 __version__ = "0.1.0"

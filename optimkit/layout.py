@@ -257,6 +257,43 @@ def is_hidden_matrix(name: str, leaf: Any) -> bool:
     )
 
 
+_axes_of = matrix_axes  # matrix_tree has an argument of that name
+
+
+def matrix_tree(
+    params: PyTree,
+    matrix_leaves: LeafSelector = None,
+    matrix_axes: MatrixAxesOverride = None,
+) -> PyTree:
+    """A tree of bools: which leaves a matrix method takes.
+
+    By default the hidden matrices: rank two or more, no norm scale, and no path component that is,
+    or ends in, ``embed``, ``embedding``, ``head``, ``lm_head`` or ``logits``; nor a leaf to which
+    ``matrix_axes`` gives None.
+
+    Raises:
+      ValueError: for a chosen leaf that is no matrix, or whose layout is ambiguous.
+
+    >>> matrix_tree({"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}})
+    {'dense': {'bias': False, 'kernel': True}}
+    """
+
+    def default(name: str, leaf: Any) -> bool:
+        if not is_hidden_matrix(name, leaf):
+            return False
+        return _axes_of(name, leaf, matrix_axes) is not None
+
+    chosen = select_leaves(matrix_leaves, params, default=default, argument="matrix_leaves")
+    for (name, leaf), use in zip(named_leaves(params), jax.tree.leaves(chosen), strict=True):
+        if use and _axes_of(name, leaf, matrix_axes) is None:
+            raise ValueError(
+                f"matrix_leaves chooses leaf {name!r} of shape {leaf.shape}, which is no "
+                "matrix: leave it out, or say how it is one, with "
+                f"matrix_axes={{{name!r}: MatrixAxes(...)}}"
+            )
+    return chosen
+
+
 def matrix_shape(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, int, int]:
     """``(batch, inputs, outputs)``: how many matrices a leaf holds, and of what size."""
     return tuple(math.prod(shape[a] for a in group) for group in axes)  # type: ignore[return-value]

@@ -46,11 +46,17 @@ STATE_FIELDS: Mapping[str, str] = {
     "norm_mean": "running mean of the gradient norm, one f32 scalar per leaf or one for the tree",
     "norm_mean_square": "running mean of the squared gradient norm, one f32 scalar per leaf or one",
     "norms": "global gradient norm of every step, f32 (total_steps,)",
+    "effective_rank": "exponential of the entropy of the singular values, one a matrix, (n,)",
+    "stable_rank": "squared Frobenius norm over squared spectral norm, one a matrix, (n,)",
+    "spectral_decay": "exponent with which squared singular values fall, one a matrix, (n,)",
     "norm": "norm of the last update, one f32 scalar per leaf or one for the tree",
     "last_update": "the last update before its rate, one array per parameter",
     "factor": "number that multiplies the update, one f32 scalar per leaf or one for the tree",
     "seen": "whether anything has been stored yet, one bool scalar per leaf or one for the tree",
     "target_norm": "norm that a projection returns to: one f32 scalar per leaf, or one per channel",
+    "direction_norm": "norm of a direction vector, with the sign of its length, one per row",
+    "direction_state": "state of what steps the directions of the rows of a weight",
+    "magnitude_state": "state of what steps the lengths of the rows of a weight",
     "alignment": "sum of the products of successive updates, one scalar",
     "learning_rate": "the rate that the last update used",
     "scale": "factor on the next update, one scalar",
@@ -66,7 +72,13 @@ STATE_FIELDS: Mapping[str, str] = {
     "latest": "average of the last full window, one array per parameter",
     "projector": "basis (side, rank) that a leaf is projected on, in its place, or a scalar zero",
     "output_projector": "the same for the outputs, where both sides are projected, or None",
+    "sketch": "directions (side, columns) of a task's gradients, each as long as it is frequent",
+    "history": "orthonormal directions (side, columns) that earlier tasks use, then zero columns",
+    "history_count": "how many directions earlier tasks use, one int32 scalar per leaf",
+    "threshold": "share of energy that decides which directions are kept, one scalar",
     "residual_state": "state of what sees that part of a gradient that is not projected, or None",
+    "masks": "which entries are active, bool in a sparse leaf's place, one True for a dense leaf",
+    "fired": "which entries were ever active, like masks, or None",
     "inner_state": "state of the wrapped transformation",
     "averager_state": "state of the averager beside the wrapped transformation",
     "combiner_state": "state of the gradient combiner in front of the wrapped transformation",
@@ -107,10 +119,19 @@ COUNT_FIELDS: frozenset[str] = frozenset({"count"})
 """Fields that hold step counts; ``momentum_reset`` restarts these and nothing else."""
 
 PARAMETER_FIELDS: frozenset[str] = frozenset(
-    {"z", "average", "latest", "inverse_inputs", "inverse_outputs"}
+    {
+        "z",
+        "average",
+        "latest",
+        "inverse_inputs",
+        "inverse_outputs",
+        "direction_norm",
+        "sketch",
+        "history",
+    }
 )
-"""Fields that hold parameters or inverses: no moment, so never reset to zero and not stored in 16
-bits unless named."""
+"""Fields that hold parameters, their norms, inverses or directions: no moment, so never reset to
+zero and not stored in 16 bits unless named."""
 
 EXTRA_ARGS: Mapping[str, str] = {
     "value": "loss at the current parameters, scalar",

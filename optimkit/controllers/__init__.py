@@ -3,6 +3,9 @@
 SciPy and scikit-learn load on first use: ``pip install "optimkit[controllers]"``.
 """
 
+from optimkit.controllers.advantage_shaping import RankMeasures as RankMeasures
+from optimkit.controllers.advantage_shaping import rank_advantage_shaping as rank_advantage_shaping
+from optimkit.controllers.advantage_shaping import update_rank_means as update_rank_means
 from optimkit.controllers.autolrs import AutoLRSController as AutoLRSController
 from optimkit.controllers.autolrs import Command as Command
 from optimkit.controllers.forecast import Forecast as Forecast

@@ -21,7 +21,8 @@ def rehearsal_probabilities(
         e^{-\lambda \Delta t_i} \text{ (exponential)}
 
     Args:
-      time_since_last: time since each task last came, (tasks,), >= 0; 0 for the current task.
+      time_since_last: time since each task last came, (tasks,), >= 0; 0 for the current task, inf
+        for one that has not come yet and gets probability 0 (if none has come, all are alike).
       exponent: lambda, >= 0; 0 makes all tasks equally likely.
       kind: a power law, as people meet old tasks again, or an exponential for comparison.
 
@@ -45,15 +46,19 @@ def rehearsal_probabilities(
 
 def _log_probabilities(time_since_last: Array, exponent: Any, kind: str) -> Array:
     check_choice(("power", "exponential"), kind=kind)
-    check_range(exponent=exponent, time_since_last=time_since_last, ge=0, lt=np.inf)
+    check_range(exponent=exponent, ge=0, lt=np.inf)
+    check_range(time_since_last=time_since_last, ge=0)
     if np.ndim(time_since_last) != 1 or np.shape(time_since_last)[0] == 0:
         raise ValueError(
             "time_since_last must be a vector with one time a task, at least one, got shape "
             f"{np.shape(time_since_last)}"
         )
     time = jnp.asarray(time_since_last, compute_dtype(time_since_last))
+    has_come = jnp.isfinite(time)
+    time = jnp.where(has_come, time, 0)
     aged = jnp.log1p(time) if kind == "power" else time
-    return jax.nn.log_softmax(-jnp.asarray(exponent, time.dtype) * aged)
+    logits = -jnp.asarray(exponent, time.dtype) * aged
+    return jax.nn.log_softmax(jnp.where(has_come | ~jnp.any(has_come), logits, -jnp.inf))
 
 
 def power_law_sampler(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimkit.layout import named_leaves
 from optimkit.numerics import max_abs, safe_div, tree_norm
 from optimkit.protocols import STATE_FIELDS, Array, PyTree, ScalarOrSchedule
 
@@ -41,6 +42,9 @@ FIELDS: Mapping[str, tuple[str, Callable[[PyTree], Array]]] = {
     "notfinite_count": ("consecutive_skips", _scalar),
 }
 """State field -> name of the metric and how its leaves become one number."""
+
+MATRIX_FIELDS = ("effective_rank", "stable_rank", "spectral_decay")
+"""Fields that hold a number a matrix, and a 0-d array in the place of what is none."""
 
 STEP_FIELDS = ("count", "gradient_step")
 MOMENT_FIELDS = ("mu", "nu", "trace")
@@ -83,6 +87,10 @@ def _found(node: Any, path: Path, moments: bool) -> Iterator[_Entry]:
             if jax.tree.leaves(child):
                 key, reduce = FIELDS[name]
                 yield _Entry(key, path, reduce(child))
+        elif is_field and name in MATRIX_FIELDS:
+            for leaf, values in named_leaves(child):
+                if np.ndim(values):
+                    yield _Entry(f"{name}/{leaf}".rstrip("/"), path, jnp.mean(values))
         elif is_field and name in STATE_FIELDS and not name.endswith(("state", "states")):
             # Names inside a tree like the parameters are the model's, and mean nothing here.
             if moments and name in MOMENT_FIELDS:
@@ -129,6 +137,8 @@ def metrics(
       ``consecutive_skips``      of these, since an update was last let through
       ``norm``, ``norm_mean``    norms that a method keeps; those of single leaves as one l2 norm
       ``tracked_max``            the largest of a method's tracked maxima
+      ``effective_rank/<leaf>``  of a matrix, also ``stable_rank/<leaf>`` and
+                                 ``spectral_decay/<leaf>``: mean over those of a stack
       ``mini_step``              gradients accumulated so far by ``optax.MultiSteps``
       any key of ``metrics``     see ``optimkit.protocols.TELEMETRY_KEYS``: ``clip_fraction``,
                                  ``spike_count``, ``task_similarity`` and so on

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optimkit.matrices.spectrum import SpectrumMethod, normalized_spectrum, spectral_entropy
-from optimkit.numerics import check_choice, check_count, check_range, compute_dtype, safe_div
+from optimkit.matrices.spectrum import (
+    SpectrumMethod,
+    normalized_spectrum,
+    power_law_fit,
+    spectral_entropy,
+)
+from optimkit.numerics import check_choice, check_count, check_range, compute_dtype
 from optimkit.protocols import Array
-
-NEGLIGIBLE = 1e-12
-"""Eigenvalues below this share of the largest are zero, and take no part in a fit."""
 
 
 def eigenspectrum(x: Array, *, max_eigenvalues: int = 2048) -> Array:
@@ -106,32 +107,7 @@ def alpha_req(
     """
     given = jnp.asarray(x_or_eigenvalues)
     values = given.astype(compute_dtype(given)) if given.ndim == 1 else eigenspectrum(given)
-    first, last = fit_range[0], min(fit_range[1], values.shape[0])
-    if first < 0 or last - first < 3:
-        raise ValueError(
-            f"fit_range {tuple(fit_range)} holds fewer than three of the {values.shape[0]} "
-            "eigenvalues"
-        )
-    usable = values > NEGLIGIBLE * jnp.max(values)
-    ranks = jnp.arange(1, values.shape[0] + 1, dtype=values.dtype)
-    log_rank, log_value = jnp.log(ranks), jnp.log(jnp.where(usable, values, 1))
-    index = np.arange(values.shape[0])
-    weights = jnp.where(usable & ((index >= first) & (index < last)), 1 / ranks, 0)
-    total = jnp.sum(weights)
-    x_mean = safe_div(jnp.sum(weights * log_rank), total)
-    y_mean = safe_div(jnp.sum(weights * log_value), total)
-    products = jnp.sum(weights * (log_rank - x_mean) * (log_value - y_mean))
-    slope = products / jnp.sum(weights * jnp.square(log_rank - x_mean))
-    slope = jnp.where(jnp.sum(weights > 0) >= 3, slope, jnp.nan)
-    end = 500 if values.shape[0] >= 512 else values.shape[0] - 10
-    judged = usable & ((index > first) & (index < end))
-    fitted = y_mean + slope * (log_rank - x_mean)
-    number = jnp.sum(judged)
-    mean = safe_div(jnp.sum(jnp.where(judged, log_value, 0)), number.astype(values.dtype))
-    left = jnp.sum(jnp.where(judged, jnp.square(log_value - fitted), 0))
-    spread = jnp.sum(jnp.where(judged, jnp.square(log_value - mean), 0))
-    r2 = jnp.where(number >= 2, 1 - safe_div(left, spread, otherwise=jnp.nan), jnp.nan)
-    return -slope, r2
+    return power_law_fit(values, fit_range)
 
 
 def effective_rank(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,43 @@ def frobenius_norm(x: Array) -> jax.Array:
     return safe_norm(x, (-2, -1), keepdims=True)
 
 
+def magnitude_bits(x: Array) -> tuple[Array, int]:
+    """``|x|`` as integers that lie in the same order, and the number of their highest bit.
+
+    Zero is 0, and NaN lies above infinity. f32 and f64 only.
+
+    >>> import jax.numpy as jnp
+    >>> magnitude_bits(jnp.array([0.0, -1.0, 1.0], jnp.float32))[0].tolist()
+    [0, 1065353216, 1065353216]
+    """
+    kind, last_bit = (jnp.int32, 30) if x.dtype.itemsize == 4 else (jnp.int64, 62)
+    return jax.lax.bitcast_convert_type(jnp.abs(x), kind), last_bit
+
+
+def greatest_integer(holds: Callable[[Array], Array], last_bit: int, start: Array) -> Array:
+    """The greatest integer of which something holds, built from its highest bit down.
+
+    Args:
+      holds: true up to some integer >= 0 and false from there on, or a bool for each of ``start``.
+      last_bit: the highest bit that the integer may have.
+      start: zeros, of the shape and dtype of the result.
+
+    It asks ``last_bit + 1`` times. Counting how many entries lie below a candidate finds the k-th
+    smallest of an array without sorting it, joining its axes or moving entries between devices.
+
+    >>> import jax.numpy as jnp
+    >>> int(greatest_integer(lambda value: value * value <= 50, 7, jnp.zeros((), jnp.int32)))
+    7
+    """
+    kind = start.dtype
+
+    def set_bit(step: Array, found: Array) -> Array:
+        candidate = found | jnp.left_shift(jnp.ones((), kind), (last_bit - step).astype(kind))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, last_bit + 1, set_bit, start)
+
+
 def magnitude_quantile(x: Array, quantile: Any, axis: tuple[int, ...]) -> Array:
     """The quantile of ``|x|`` over ``axis``, with size one there; linear between two entries.
 
@@ -62,18 +100,14 @@ def magnitude_quantile(x: Array, quantile: Any, axis: tuple[int, ...]) -> Array:
     index = math.floor(position) if number else jnp.floor(position).astype(jnp.int32)
     weight = jnp.asarray(position - index, x.dtype)
 
-    kind, last_bit = (jnp.int32, 30) if x.dtype.itemsize == 4 else (jnp.int64, 62)
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), kind)
+    bits, last_bit = magnitude_bits(x)
+    kind = bits.dtype
 
     def how_many(chosen: Array) -> Array:
         return jnp.sum(chosen, axis=axis, keepdims=True, dtype=jnp.int32)
 
-    def set_bit(step: Array, found: Array) -> Array:
-        candidate = found | jnp.left_shift(jnp.ones((), kind), (last_bit - step).astype(kind))
-        return jnp.where(how_many(bits < candidate) <= index, candidate, found)
-
-    smallest = jnp.min(bits, axis=axis, keepdims=True)
-    found = jax.lax.fori_loop(0, last_bit + 1, set_bit, jnp.zeros_like(smallest))
+    start = jnp.zeros_like(jnp.min(bits, axis=axis, keepdims=True))
+    found = greatest_integer(lambda value: how_many(bits < value) <= index, last_bit, start)
     above = jnp.min(jnp.where(bits > found, bits, jnp.iinfo(kind).max), axis=axis, keepdims=True)
     repeated = how_many(bits <= found) >= jnp.minimum(index + 2, count)
     lower = jax.lax.bitcast_convert_type(found, x.dtype)

@@ -25,6 +25,8 @@ from optimkit.nn.tract import tract_conv_general_dilated as tract_conv_general_d
 from optimkit.nn.tract import tract_dense as tract_dense
 from optimkit.nn.tract import tract_gram as tract_gram
 from optimkit.nn.tract import tract_kernel as tract_kernel
+from optimkit.nn.weight_norm_lora import init_weight_norm_lora as init_weight_norm_lora
+from optimkit.nn.weight_norm_lora import weight_norm_lora as weight_norm_lora
 from optimkit.nn.z_loss import z_loss as z_loss
 
 if TYPE_CHECKING:

@@ -14,6 +14,10 @@ from optimkit.transforms.flip_signs import rule_flip_mask as rule_flip_mask
 from optimkit.transforms.gradient_disorder import gradient_disorder as gradient_disorder
 from optimkit.transforms.init_snr import init_snr as init_snr
 from optimkit.transforms.kappa import kappa_subgradient as kappa_subgradient
+from optimkit.transforms.masks import apply_masks as apply_masks
+from optimkit.transforms.masks import erk_densities as erk_densities
+from optimkit.transforms.masks import init_masks as init_masks
+from optimkit.transforms.move_masks import update_masks as update_masks
 from optimkit.transforms.multiplicative_langevin import dale_langevin_step as dale_langevin_step
 from optimkit.transforms.multiplicative_langevin import (
     unconstrained_multiplicative_step as unconstrained_multiplicative_step,

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from optimkit import layout
-from optimkit.layout import MatrixAxesOverride, is_hidden_matrix, named_leaves, select_leaves
+from optimkit.layout import MatrixAxesOverride
+from optimkit.layout import matrix_tree as matrix_tree
 from optimkit.leaves import check_match, check_real, decay_tree, recipe
 from optimkit.numerics import check_choice, check_range
 from optimkit.protocols import (
@@ -23,41 +23,6 @@ from optimkit.protocols import (
 from optimkit.transforms.adam import EPS_FORMS, scale_by_adam
 from optimkit.transforms.decayed_weights import decayed_weights
 from optimkit.transforms.orthogonalize import scale_by_muon
-
-
-def matrix_tree(
-    params: PyTree,
-    matrix_leaves: LeafSelector = None,
-    matrix_axes: MatrixAxesOverride = None,
-) -> PyTree:
-    """A tree of bools: which leaves a matrix method takes.
-
-    By default the hidden matrices: rank two or more, no norm scale, and no path component that is,
-    or ends in, ``embed``, ``embedding``, ``head``, ``lm_head`` or ``logits``; nor a leaf to which
-    ``matrix_axes`` gives None.
-
-    Raises:
-      ValueError: for a chosen leaf that is no matrix, or whose layout is ambiguous.
-
-    >>> import jax.numpy as jnp
-    >>> matrix_tree({"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
-    {'dense': {'bias': False, 'kernel': True}}
-    """
-
-    def default(name: str, leaf: Any) -> bool:
-        if not is_hidden_matrix(name, leaf):
-            return False
-        return layout.matrix_axes(name, leaf, matrix_axes) is not None
-
-    chosen = select_leaves(matrix_leaves, params, default=default, argument="matrix_leaves")
-    for (name, leaf), use in zip(named_leaves(params), jax.tree.leaves(chosen), strict=True):
-        if use and layout.matrix_axes(name, leaf, matrix_axes) is None:
-            raise ValueError(
-                f"matrix_leaves chooses leaf {name!r} of shape {leaf.shape}, which is no "
-                "matrix: leave it out, or say how it is one, with "
-                f"matrix_axes={{{name!r}: MatrixAxes(...)}}"
-            )
-    return chosen
 
 
 def by_kind(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimkit.layout import named_leaves, select_leaves
+from optimkit.layout import named_leaves
 from optimkit.leaves import (
     check_match,
     check_real,
@@ -42,6 +42,7 @@ from optimkit.wrappers.projectors import (
     project_back,
     projected_sides,
     projector_rank,
+    select_matrices,
 )
 from optimkit.wrappers.subspace_moments import moments_by_leaf, turned_moment
 
@@ -176,21 +177,11 @@ def project_low_rank(
 
     def sides_of(tree: PyTree) -> list[tuple[int, ...]]:
         """The projected sides of each leaf, none for one that is not projected."""
-        chosen = select_leaves(
-            lowrank_leaves,
-            tree,
-            default=lambda _, leaf: np.ndim(leaf) == 2,
-            argument="lowrank_leaves",
-        )
-        sides = []
-        for (name, leaf), is_low in zip(named_leaves(tree), jax.tree.leaves(chosen), strict=True):
-            if is_low and np.ndim(leaf) < 2:
-                raise ValueError(
-                    f"lowrank_leaves: leaf {name!r} of shape {np.shape(leaf)} is no matrix"
-                )
-            is_low = is_low and np.size(leaf) > 0
-            sides.append(projected_sides(np.shape(leaf), proj_type) if is_low else ())
-        return sides
+        chosen = jax.tree.leaves(select_matrices(lowrank_leaves, tree))
+        return [
+            projected_sides(np.shape(leaf), proj_type) if is_low else ()
+            for leaf, is_low in zip(jax.tree.leaves(tree), chosen, strict=True)
+        ]
 
     def first_projectors(tree: PyTree, *, store: bool) -> list[list[Array]]:
         """Per leaf, one projector a side."""

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+import numpy as np
 
+from optimkit.layout import named_leaves, select_leaves
 from optimkit.matrices import placement
-from optimkit.matrices.engine import map_matrices
+from optimkit.matrices.side_by_side import map_side_by_side, whole_matrices
 from optimkit.matrices.subspace import (
     canonical_signs,
     leading_vectors,
@@ -23,7 +24,7 @@ from optimkit.matrices.subspace import (
     range_finder,
 )
 from optimkit.numerics import check_choice, check_count, compute_dtype
-from optimkit.protocols import Array, MatrixAxes
+from optimkit.protocols import Array, LeafSelector, PyTree
 
 OneSided: TypeAlias = Literal["std", "reverse_std", "left", "right"]
 ProjType: TypeAlias = Literal["std", "reverse_std", "left", "right", "full"]
@@ -53,6 +54,23 @@ def projected_sides(shape: Sequence[int], proj_type: str) -> tuple[int, ...]:
     if proj_type == "full":
         return (0, 1)
     return (0,) if (rows <= cols) == (proj_type == "std") else (1,)
+
+
+def select_matrices(lowrank_leaves: LeafSelector, tree: PyTree) -> PyTree:
+    """A tree of bools: which leaves are projected; by default all of rank two. Empty ones are not.
+
+    Raises:
+      ValueError: for a chosen leaf that is no matrix.
+    """
+    chosen = select_leaves(
+        lowrank_leaves, tree, default=lambda _, leaf: np.ndim(leaf) == 2, argument="lowrank_leaves"
+    )
+    for (name, leaf), is_low in zip(named_leaves(tree), jax.tree.leaves(chosen), strict=True):
+        if is_low and np.ndim(leaf) < 2:
+            raise ValueError(
+                f"lowrank_leaves: leaf {name!r} of shape {np.shape(leaf)} is no matrix"
+            )
+    return jax.tree.map(lambda is_low, leaf: is_low and np.size(leaf) > 0, chosen, tree)
 
 
 def projector_rank(shape: Sequence[int], rank: int, projector: str | ProjectorFn) -> int:
@@ -236,60 +254,30 @@ def _settled(new: Array, side: Side) -> Array:
 
 
 def _together(rule: ProjectorRule, sides: Sequence[Side]) -> list[Array]:
-    """New projectors of sides that all have one size, from their gradients.
-
-    The engine wants kernels that keep a matrix's shape: what goes in is the gradient, d x other,
-    beside the previous projector where it is needed; what comes out has the new one in front.
-    """
+    """New projectors of sides that all have one size, from their gradients."""
     warm = rule.projector == "subspace"
     first, rank = sides[0], sides[0].previous.shape[-1]
-    rows, other = _oriented(first).shape[-2:]
-    columns = other + (rank if warm else 0)
-    dtype = first.previous.dtype
-    drawn = jnp.zeros((0, 0), dtype)
-    if warm:
-        drawn = _random_columns(_key(rule, first), (rows, other), rank + rule.oversample, dtype)
+    if not warm:
 
-    def packed(side: Side) -> Array:
-        if not warm:
-            return _oriented(side)
-        whole = whole_matrices(_oriented(side))
-        return jnp.concatenate([whole, side.previous], axis=-1)
+        def leading(x: Array) -> list[Array]:
+            return [_leading(x, rank, rule.projector, None, rule.power_iters)]
 
-    def on_device(stack: Array, drawn: Array, refresh: Array) -> Array:
-        x = jnp.swapaxes(stack, -2, -1) if rows > columns else stack
-        start = None
-        if warm:
-            start = _start(x[..., :other], drawn, x[..., other:], refresh == 0)
-        vectors = _leading(x[..., :other], rank, rule.projector, start, rule.power_iters)
-        wide = jnp.pad(vectors, ((0, 0), (0, 0), (0, columns - rank)))
-        return jnp.swapaxes(wide, -2, -1) if rows > columns else wide
+        return [new for [new] in map_side_by_side(leading, [[_oriented(side)] for side in sides])]
+    shape, dtype = _oriented(first).shape, first.previous.dtype
+    drawn = _random_columns(_key(rule, first), shape, rank + rule.oversample, dtype)
 
-    def kernel(stack: Array) -> Array:
-        refresh = jnp.asarray(first.refresh)
-        if not placement.explicit_axes(stack):
-            return on_device(stack, drawn, refresh)
-        place = jax.typeof(stack).sharding.spec
-        return jax.shard_map(
-            on_device, in_specs=(place, P(), P()), out_specs=place, check_vma=False
-        )(stack, drawn, refresh)
+    def iterated(x: Array, previous: Array, drawn: Array, refresh: Array) -> list[Array]:
+        start = _start(x, drawn, previous, refresh == 0)
+        return [_leading(x, rank, rule.projector, start, rule.power_iters)]
 
-    trees = [packed(side) for side in sides]
-    axes = [MatrixAxes(tuple(range(x.ndim - 2)), (x.ndim - 2,), (x.ndim - 1,)) for x in trees]
-    done = map_matrices(kernel, trees, axes)
-    return [whole_matrices(x)[..., :rank] for x in done]
+    groups = [[_oriented(side), side.previous] for side in sides]
+    found = map_side_by_side(iterated, groups, drawn, jnp.asarray(first.refresh))
+    return [new for [new] in found]
 
 
 # ---------------------------------------------------------------------------------------------
 # In and out of the subspace
 # ---------------------------------------------------------------------------------------------
-
-
-def whole_matrices(x: Array) -> Array:
-    """The array with its matrices whole on every device of an explicit mesh."""
-    if not placement.explicit_axes(x):
-        return x
-    return placement.walk(x, (*placement.spec_of(x)[:-2], (), ()))
 
 
 def first_projector(leaf: Array, axis: int, rank: int) -> jax.Array:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optimkit.layout import is_hidden_matrix, named_leaves, select_leaves
 from optimkit.leaves import check_match, check_real, zero_count
+from optimkit.matrices.placement import gather, place_like
 from optimkit.numerics import check_count, check_range, due, next_count
 from optimkit.protocols import (
     Array,
@@ -23,6 +23,7 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.adam import scale_by_adam
+from optimkit.transforms.masks import leaf_masks
 from optimkit.wrappers.momentum_reset import momentum_reset
 
 SparseMaskFn = Callable[[PyTree, Array, Array], PyTree]
@@ -46,16 +47,10 @@ def kept_entries(size: int, density: float) -> int:
     return max(1, int(density * size))
 
 
-def _split(x: Array) -> bool:
-    """Whether the leaf is sharded over axes of an explicit mesh."""
-    return any(part is not None for part in jax.typeof(x).sharding.spec)
-
-
 def gather_entries(x: Array, index: Array) -> Array:
     """The entries of ``x`` at flat positions; positions past the end read zero."""
-    if _split(x):  # positions in a flattened leaf mean nothing to one shard of it
-        x = jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
-    return x.reshape(-1).at[index].get(mode="fill", fill_value=0)
+    # Positions in a flattened leaf mean nothing to one shard of it.
+    return gather(x).reshape(-1).at[index].get(mode="fill", fill_value=0)
 
 
 def scatter_entries(kept: Array, index: Array, like: Array) -> Array:
@@ -64,8 +59,7 @@ def scatter_entries(kept: Array, index: Array, like: Array) -> Array:
     flat = flat.at[index].set(
         kept, mode="drop", unique_indices=True, indices_are_sorted=True, wrap_negative_indices=False
     )
-    whole = flat.reshape(like.shape)
-    return jax.reshard(whole, jax.typeof(like).sharding) if _split(like) else whole
+    return place_like(flat.reshape(like.shape), like)
 
 
 def random_index(key: Array, size: int, count: int) -> Array:
@@ -170,7 +164,8 @@ def sparse_momentum(
         leaves = named_leaves(params)
         masks: list[Any] = [None] * len(flat)
         if sparse_mask_fn is not None:
-            masks = structure.flatten_up_to(sparse_mask_fn(params, refresh, key))
+            given = sparse_mask_fn(params, refresh, key)
+            masks = leaf_masks(given, params, what="sparse_mask_fn")
 
         def one(number: int, old: Array) -> Array:
             if not old.ndim:
@@ -178,11 +173,8 @@ def sparse_momentum(
             (name, leaf), mask = leaves[number], masks[number]
             if sparse_mask_fn is None:
                 return random_index(jax.random.fold_in(key, number), leaf.size, old.size)
-            if np.shape(mask) != np.shape(leaf):
-                raise ValueError(
-                    f"sparse_mask_fn: the mask of {name!r} has shape {np.shape(mask)}, "
-                    f"the leaf {np.shape(leaf)}"
-                )
+            if not np.ndim(mask):
+                raise ValueError(f"sparse_mask_fn: {name!r} is sparse, but gets no mask of its own")
             return mask_index(mask, old.size)
 
         return structure.unflatten([one(number, old) for number, old in enumerate(flat)])

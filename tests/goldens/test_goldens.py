@@ -55,9 +55,11 @@ COVERED_BY: dict[str, str] = {
     "perp_adamw": "perp_grad",
     "perp_sgd": "perp_grad",
     "project_low_rank": "galore",
+    "project_out": "coso",
     "project_radial": "adamp",
     "project_scale_offset": "normalize_and_project",
     "project_to_norm": "normalize_and_project",
+    "refactorized": "weight_refactorization",
     "sam": "sharpness_aware",
     "quantize_state": "quantized_state",
     "scale_by_adam": "adamp",
@@ -93,6 +95,8 @@ COVERED_BY: dict[str, str] = {
     "track_spike_score": "spam",
     "track_gradient_disorder": "gaqat",
     "tract_precondition": "tract",
+    "weight_norm_adam": "gradnormlorp",
+    "weight_normalized": "gradnormlorp",
     "with_averaged_params": "checkpoint_averaging",
 }
 """Pieces and wrappers are verified through a method whose golden runs them."""
@@ -130,9 +134,12 @@ def test_golden(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDENS)
 def test_signature(name: str) -> None:
     golden = GOLDENS[name]
-    factories = [resolve(factory) for factory in golden.factory_names]
+    module = adapters.method_module(golden)
+    protocols = getattr(module, "STANDS_FOR", {})
+    names = [n for name in golden.factory_names for n in protocols.get(name, (name,))]
+    factories = [resolve(name) for name in names]
     known = {p for factory in factories for p in inspect.signature(factory).parameters}
-    known |= set(getattr(adapters.method_module(golden), "DESCRIBED", ()))
+    known |= set(getattr(module, "DESCRIBED", ()))
     assert set(golden.meta["optimkit"]["kwargs"]) <= known
 
 

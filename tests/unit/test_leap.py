@@ -215,6 +215,17 @@ def test_rehearsal_follows_its_law() -> None:
     np.testing.assert_allclose(jnp.bincount(drawn, length=3) / 4000, power, atol=0.03)
 
 
+@pytest.mark.parametrize("kind", ["power", "exponential"])
+def test_tasks_that_have_not_come_are_not_rehearsed(kind: Any) -> None:
+    time = jnp.array([1, 0, jnp.inf])
+    for exponent in (0.0, 2.0):
+        some = rehearsal_probabilities(time, exponent=exponent, kind=kind)
+        known = rehearsal_probabilities(time[:2], exponent=exponent, kind=kind)
+        np.testing.assert_allclose(some, [*known, 0])
+    none = rehearsal_probabilities(time[2:].repeat(4), exponent=2.0, kind=kind)
+    np.testing.assert_allclose(none, 0.25)
+
+
 # -- bad input --------------------------------------------------------------------------------
 
 
@@ -241,6 +252,7 @@ def test_bad_input() -> None:
          "solution leaf"),
         (lambda: extrapolate_log_policy(one, jnp.ones(3), 0.5), "previous log policy leaf"),
         (lambda: rehearsal_probabilities(jnp.ones(0), exponent=1), "at least one"),
+        (lambda: rehearsal_probabilities(-one, exponent=1), "time_since_last must be >= 0"),
         (lambda: power_law_sampler(one, exponent=-1, key=jax.random.key(0), size=1), "exponent"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
