@@ -230,8 +230,6 @@ def _largest(rows: Array, block: int) -> Array:
 
 def _spread(absmax: Array, block: int, size: int) -> Array:
     """Each block's number at each of its entries."""
-    if absmax.shape[-1] == 1:
-        return absmax
     spread = jnp.broadcast_to(absmax[..., None], (*absmax.shape, block))
     return spread.reshape(*absmax.shape[:-1], -1)[..., :size]
 
@@ -255,12 +253,14 @@ def encode_blocks(x: Array, how: BlockFormat) -> QuantizedArray:
     absmax = _largest(jnp.where(jnp.isfinite(rows), rows, 0), block)
     # What compiled code may flush to zero cannot be divided by.
     absmax = jnp.where(absmax < jnp.finfo(absmax.dtype).tiny, 0, absmax)
-    divisor = _spread(jnp.where(absmax == 0, 1, absmax), block, size)
-    scaled = jnp.where(jnp.isfinite(rows), rows / divisor, 0)
+    # Entries are coded in the array's own shape: a look-up behind a reshape would not fuse.
+    whole = rows.reshape(x.shape)
+    divisor = _spread(jnp.where(absmax == 0, 1, absmax), block, size).reshape(x.shape)
+    scaled = jnp.where(jnp.isfinite(whole), whole / divisor, 0)
     codes = _encode(scaled.astype(jnp.float32), how)
     if how.bits == 4:
-        return QuantizedArray(_pack(codes), absmax)
-    return QuantizedArray(_placed(codes.reshape(x.shape), jax.typeof(x).sharding), absmax)
+        return QuantizedArray(_pack(codes.reshape(rows.shape)), absmax)
+    return QuantizedArray(_placed(codes, jax.typeof(x).sharding), absmax)
 
 
 def decode_blocks(
@@ -270,7 +270,7 @@ def decode_blocks(
     size = _row_shape(shape, how)[-1]
     codes = _in_rows(q.codes, how) if how.bits == 8 else _unpack(_in_rows(q.codes, how), size)
     spread = _spread(_in_rows(q.absmax, how), min(how.block_size, size), size)
-    whole = (_decode(codes, how, q.absmax.dtype) * spread).reshape(shape)
+    whole = _decode(codes.reshape(shape), how, q.absmax.dtype) * spread.reshape(shape)
     return _placed(whole, sharding)
 
 
