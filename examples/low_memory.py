@@ -101,9 +101,7 @@ def sweep(steps: int, only: Sequence[str] = ()) -> None:
     """Measures every rate of every entry again, and prints the validation losses."""
     for entry in ENTRIES:
         if not only or entry.label in only:
-            losses = {
-                rate: round(train(entry, steps, rate).val_loss, 3) for rate in entry.tried
-            }
+            losses = {rate: round(train(entry, steps, rate).val_loss, 3) for rate in entry.tried}
             print(f"{entry.label}: {losses}", flush=True)
 
 
