@@ -25,7 +25,18 @@ from optimkit.wrappers.state_dtype import with_state_dtype
 MEMORIES = (16, 24, 80)
 """Gigabytes (1e9 bytes) for which the second table is made."""
 
-EXAMPLE_SIZES = {"adamw_8bit": {"min_size": 4096, "block_size": 256}}
+QUARTER = {"rank": 160, "update_proj_gap": 200}
+"""A quarter of the smaller side of the tree's matrices; no timed step renews the projectors."""
+
+EXAMPLE_SIZES: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"min_size": 4096, "block_size": 256},
+    "galore": QUARTER,
+    "fira": QUARTER,
+    "apollo": QUARTER,
+    "apollo_mini": {"update_proj_gap": 200},
+    "gradnormlorp": QUARTER,
+    "coso": {"proj_rank": 15, "sketch_rank": 100, "history_capacity": 100, "update_proj_gap": 20},
+}
 """Arguments that examples for small trees have otherwise than training has."""
 
 
