@@ -28,8 +28,8 @@ from examples.lm.config import Config, ConfigError, DivergedError
 from examples.lm.train import Trainer, build_schedule
 from optimkit.layout import is_hidden_matrix
 
-ADAM = {"b2": 0.95, "weight_decay": 0.1}
-LOW_RANK = {"rank": 32, "update_proj_gap": 50, "lowrank_leaves": is_hidden_matrix}
+ADAM: dict[str, Any] = {"b2": 0.95, "weight_decay": 0.1}
+LOW_RANK: dict[str, Any] = {"rank": 32, "update_proj_gap": 50, "lowrank_leaves": is_hidden_matrix}
 """A quarter of the model's width; embedding and head keep whole moments, as the authors have it."""
 
 
