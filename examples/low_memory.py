@@ -24,7 +24,7 @@ from rich.table import Table
 
 import optimkit as ok
 from examples.lm import report
-from examples.lm.config import Config, ConfigError, DivergedError
+from examples.lm.config import ConfigError, DivergedError, short_run
 from examples.lm.train import Trainer, build_schedule
 from optimkit.layout import is_hidden_matrix
 
@@ -82,17 +82,8 @@ ENTRIES = (
 
 
 def train(entry: Entry, steps: int, learning_rate: float) -> report.History:
-    """One run: a tenth of the steps warms up, the last three tenths decay."""
-    warmup, decay = max(1, steps // 10), max(1, 3 * steps // 10)
-    config = Config(
-        optimizer="adamw",
-        learning_rate=learning_rate,
-        schedule="wsd_schedule",
-        schedule_args=f"warmup_steps={warmup},stable_steps={max(0, steps - warmup - decay)},"
-        f"decay_steps={decay}",
-        steps=steps,
-        val_every=steps,
-    )
+    """One run of one entry."""
+    config = short_run(steps, learning_rate)
     hooks = [report.ProgressBar(f"{entry.label} {learning_rate:g}")]
     return Trainer(config, hooks, tx=entry.make(build_schedule(config))).run()
 
