@@ -28,7 +28,8 @@ class BlockFormat(NamedTuple):
 
     ``block_axis``: blocks of ``block_size`` run along the ``last`` axis, or over the ``flat`` array
     in row-major order; the last block of a row may be short. ``signed``: whether entries may be
-    negative. ``keep_sign``: no negative entry becomes zero.
+    negative. ``keep_sign``: no negative entry becomes zero. ``keep_positive``: where none is
+    negative, no positive entry becomes zero.
     """
 
     signed: bool = True
@@ -37,6 +38,7 @@ class BlockFormat(NamedTuple):
     block_size: int = 256
     block_axis: str = "last"
     keep_sign: bool = False
+    keep_positive: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,6 +150,8 @@ def _encode(x: Array, how: BlockFormat) -> Array:
         zero = top // 2 if how.signed else 0
         position = _dynamic_position(size, how.signed, how.bits)
         most = zero
+    if how.keep_positive and not how.signed:
+        position = jnp.maximum(position, x > 0)
     if how.signed:
         below = jnp.minimum(position, most)
         if how.keep_sign:
