@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.lm import report
-from examples.lm.train import Config, ConfigError, DivergedError, run
+from examples.lm.config import Config, ConfigError, DivergedError, short_run
+from examples.lm.train import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +82,8 @@ SMOOTH = 10
 
 
 def settings(entry: Entry, steps: int, learning_rate: float) -> Config:
-    """The run of one entry: a tenth of the steps warms up, the last three tenths decay."""
-    warmup, decay = max(1, steps // 10), max(1, 3 * steps // 10)
-    return Config(
-        optimizer=entry.optimizer,
-        opt_args=entry.opt_args,
-        learning_rate=learning_rate,
-        schedule="wsd_schedule",
-        schedule_args=f"warmup_steps={warmup},stable_steps={max(0, steps - warmup - decay)},"
-        f"decay_steps={decay}",
-        steps=steps,
-        val_every=max(1, steps // 6),
-    )
+    """The run of one entry."""
+    return short_run(steps, learning_rate, optimizer=entry.optimizer, opt_args=entry.opt_args)
 
 
 def compare(steps: int) -> dict[str, report.History]:

@@ -66,6 +66,20 @@ class Config:
     tensorboard: bool = _option(False, "also write TensorBoard scalars into --out", shapes=False)
 
 
+def short_run(steps: int, learning_rate: float, **changes: Any) -> Config:
+    """A run for a comparison: a tenth of the steps warms up, the last three tenths decay."""
+    warmup, decay = max(1, steps // 10), max(1, 3 * steps // 10)
+    return Config(
+        learning_rate=learning_rate,
+        schedule="wsd_schedule",
+        schedule_args=f"warmup_steps={warmup},stable_steps={max(0, steps - warmup - decay)},"
+        f"decay_steps={decay}",
+        steps=steps,
+        val_every=max(1, steps // 6),
+        **changes,
+    )
+
+
 @contextlib.contextmanager
 def settings(where: str) -> Iterator[None]:
     """Turns what a factory says about its arguments into one sentence."""

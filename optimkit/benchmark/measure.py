@@ -102,3 +102,36 @@ def time_together(
             steps[name] = step.run()
             seconds[name].append(time.perf_counter() - started)
     return {name: float(np.median(values)) for name, values in seconds.items()}, steps
+
+
+class Cost(NamedTuple):
+    """What a step costs: bytes a parameter, and its time over ``optax.adamw``'s."""
+
+    weights: float
+    state: float
+    temporary: float
+    ratio: float
+
+
+def beside_adamw(
+    makers: Mapping[str, tuple[optax.GradientTransformation, Any]],
+    params: PyTree,
+    grads: PyTree,
+    rounds: int,
+) -> dict[str, Cost]:
+    """Measures each of ``(transformation, extras)`` in turns with ``optax.adamw``."""
+    number = size_of(params)
+    reference = compile_step(optax.adamw(1e-3), params, grads)
+    costs = {}
+    for name, (tx, extras) in makers.items():
+        step = compile_step(tx, params, grads, extras)
+        # Timing hands the buffers on, so the reference starts from those it ended with.
+        seconds, ended = time_together({"base": reference, name: step}, rounds)
+        reference = ended["base"]
+        costs[name] = Cost(
+            bytes_of(ended[name].params) / number,
+            bytes_of(ended[name].state) / number,
+            temporary_bytes(step) / number,
+            seconds[name] / seconds["base"],
+        )
+    return costs

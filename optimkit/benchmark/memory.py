@@ -25,7 +25,18 @@ from optimkit.wrappers.state_dtype import with_state_dtype
 MEMORIES = (16, 24, 80)
 """Gigabytes (1e9 bytes) for which the second table is made."""
 
-EXAMPLE_SIZES = {"adamw_8bit": {"min_size": 4096, "block_size": 256}}
+QUARTER = {"rank": 160, "update_proj_gap": 200}
+"""A quarter of the smaller side of the tree's matrices; no timed step renews the projectors."""
+
+EXAMPLE_SIZES: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"min_size": 4096, "block_size": 256},
+    "galore": QUARTER,
+    "fira": QUARTER,
+    "apollo": QUARTER,
+    "apollo_mini": {"update_proj_gap": 200},
+    "gradnormlorp": QUARTER,
+    "coso": {"proj_rank": 15, "sketch_rank": 100, "history_capacity": 100, "update_proj_gap": 20},
+}
 """Arguments that examples for small trees have otherwise than training has."""
 
 
@@ -74,7 +85,6 @@ def table(
     check_count(least=1, rounds=rounds)
     params = measure.model_tree(leaves, rows, columns)
     grads = jax.tree.map(lambda p: p * 0.1 + 1e-3, params)
-    number = measure.size_of(params)
     wrapped = wrapped_adamw()
     makers: dict[str, Any] = {"optax.adamw": (optax.adamw(1e-3), None)}
     for name in names or (*wrapped, *catalog.records("recipe")):
@@ -83,23 +93,8 @@ def table(
         else:
             record = catalog.find(name, "recipe")
             makers[name] = record.build(**EXAMPLE_SIZES.get(name, {})), record.extras
-    rows_out = []
-    reference = measure.compile_step(optax.adamw(1e-3), params, grads)
-    for name, (tx, extras) in makers.items():
-        step = measure.compile_step(tx, params, grads, extras)
-        # Timing hands the buffers on, so the reference starts from those it ended with.
-        seconds, ended = measure.time_together({"base": reference, name: step}, rounds)
-        reference = ended["base"]
-        rows_out.append(
-            Row(
-                name,
-                measure.bytes_of(ended[name].params) / number,
-                measure.bytes_of(ended[name].state) / number,
-                measure.temporary_bytes(step) / number,
-                seconds[name] / seconds["base"],
-            )
-        )
-    return rows_out
+    costs = measure.beside_adamw(makers, params, grads, rounds)
+    return [Row(name, *cost) for name, cost in costs.items()]
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

@@ -46,31 +46,25 @@ def table(
     """Measures the named recipes; ``optax.adamw`` and the copy floor come first."""
     params = measure.model_tree(leaves, rows, columns)
     grads = jax.tree.map(lambda p: p * 0.1 + 1e-3, params)
-    number = measure.size_of(params)
     records = catalog.records("recipe")
-    makers: dict[str, Any] = {"optax.adamw": (optax.adamw(1e-3), ADAMW_FLOOR, True, None)}
+    makers: dict[str, Any] = {"optax.adamw": (optax.adamw(1e-3), None)}
+    floors = {"optax.adamw": (ADAMW_FLOOR, True)}
     for name in names or records:
         record = catalog.find(name, "recipe")
-        by_bytes = record.communication in ("none", "reduce")
-        makers[name] = (record.build(), record.moved_bytes, by_bytes, record.extras)
-    rows_out = []
-    reference = measure.compile_step(makers["optax.adamw"][0], params, grads)
-    for name, (tx, floor, by_bytes, extras) in makers.items():
-        step = measure.compile_step(tx, params, grads, extras)
-        # Timing hands the buffers on, so the reference starts from those it ended with.
-        seconds, ended = measure.time_together({"base": reference, name: step}, rounds)
-        reference = ended["base"]
-        rows_out.append(
-            Row(
-                name,
-                floor,
-                measure.bytes_of(step.state) / number,
-                measure.temporary_bytes(step) / number,
-                seconds[name] / seconds["base"],
-                SLACK * floor / ADAMW_FLOOR if by_bytes else None,
-            )
+        makers[name] = record.build(), record.extras
+        floors[name] = record.moved_bytes, record.communication in ("none", "reduce")
+    costs = measure.beside_adamw(makers, params, grads, rounds)
+    return [
+        Row(
+            name,
+            floor,
+            costs[name].state,
+            costs[name].temporary,
+            costs[name].ratio,
+            SLACK * floor / ADAMW_FLOOR if by_bytes else None,
         )
-    return rows_out
+        for name, (floor, by_bytes) in floors.items()
+    ]
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

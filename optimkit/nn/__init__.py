@@ -10,13 +10,13 @@ from optimkit.nn.fake_quant import fake_quant_fp4 as fake_quant_fp4
 from optimkit.nn.fake_quant import fake_quant_int4_activation as fake_quant_int4_activation
 from optimkit.nn.fake_quant import fake_quant_int4_weight as fake_quant_int4_weight
 from optimkit.nn.fake_quant import int4_weight_codes as int4_weight_codes
-from optimkit.nn.fake_quant import quantized_dense as quantized_dense
 from optimkit.nn.lognormal import lognormal_signed_init as lognormal_signed_init
 from optimkit.nn.mkor import collect_layer_stats as collect_layer_stats
 from optimkit.nn.mkor import mean_patches as mean_patches
 from optimkit.nn.mkor import tap_inputs as tap_inputs
 from optimkit.nn.mkor import tap_outputs as tap_outputs
 from optimkit.nn.mkor import tap_patches as tap_patches
+from optimkit.nn.quantized_dense import quantized_dense as quantized_dense
 from optimkit.nn.stablemax import log_stablemax as log_stablemax
 from optimkit.nn.stablemax import stablemax as stablemax
 from optimkit.nn.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from optimkit.nn.mkor_layers import TappedConvolution as TappedConvolution
     from optimkit.nn.mkor_layers import TappedDense as TappedDense
     from optimkit.nn.mkor_layers import TappedLinear as TappedLinear
-    from optimkit.nn.quant_dense import QuantDense as QuantDense
-    from optimkit.nn.quant_dense import QuantLinear as QuantLinear
+    from optimkit.nn.quant_layers import QuantDense as QuantDense
+    from optimkit.nn.quant_layers import QuantLinear as QuantLinear
     from optimkit.nn.tract_layers import TrActConv as TrActConv
     from optimkit.nn.tract_layers import TrActDense as TrActDense
     from optimkit.nn.tract_layers import TrActLinear as TrActLinear
 
 FLAX_MODULES = {
     "GhostBatchNorm": "ghost_batch_norm",
-    "QuantDense": "quant_dense",
-    "QuantLinear": "quant_dense",
+    "QuantDense": "quant_layers",
+    "QuantLinear": "quant_layers",
     "Tap": "mkor_layers",
     "TappedConv": "mkor_layers",
     "TappedConvolution": "mkor_layers",

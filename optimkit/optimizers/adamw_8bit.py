@@ -58,7 +58,7 @@ def adamw_8bit(
 
     Blocks run over the flattened leaf, so a sharded one is gathered; for those,
     ``quantize_state(scale_by_adam())`` has blocks along the last axis. Leave embeddings out by
-    giving it ``select``. On CPUs a step takes four to six times AdamW's time.
+    giving it ``select``. On CPUs a step takes about twice AdamW's time.
 
     >>> import jax.numpy as jnp
     >>> tx = adamw_8bit(0.1, min_size=1)

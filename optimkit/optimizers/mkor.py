@@ -18,12 +18,10 @@ from optimkit.transforms.mkor import (
     REFERENCE,
     STATIC,
     TRACED,
-    Reset,
-    Skip,
-    UpdateRule,
-    example_stats,
     scale_by_mkor,
 )
+from optimkit.transforms.mkor_factors import Reset, UpdateRule
+from optimkit.transforms.mkor_layers import Skip, example_stats
 from optimkit.transforms.momentum import dampened_trace
 from optimkit.wrappers.hybrid import SwitchCriterion, hybrid
 

@@ -28,7 +28,8 @@ class BlockFormat(NamedTuple):
 
     ``block_axis``: blocks of ``block_size`` run along the ``last`` axis, or over the ``flat`` array
     in row-major order; the last block of a row may be short. ``signed``: whether entries may be
-    negative. ``keep_sign``: no negative entry becomes zero.
+    negative. ``keep_sign``: no negative entry becomes zero. ``keep_positive``: where none is
+    negative, no positive entry becomes zero.
     """
 
     signed: bool = True
@@ -37,6 +38,7 @@ class BlockFormat(NamedTuple):
     block_size: int = 256
     block_axis: str = "last"
     keep_sign: bool = False
+    keep_positive: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,6 +150,8 @@ def _encode(x: Array, how: BlockFormat) -> Array:
         zero = top // 2 if how.signed else 0
         position = _dynamic_position(size, how.signed, how.bits)
         most = zero
+    if how.keep_positive and not how.signed:
+        position = jnp.maximum(position, x > 0)
     if how.signed:
         below = jnp.minimum(position, most)
         if how.keep_sign:
@@ -230,8 +234,6 @@ def _largest(rows: Array, block: int) -> Array:
 
 def _spread(absmax: Array, block: int, size: int) -> Array:
     """Each block's number at each of its entries."""
-    if absmax.shape[-1] == 1:
-        return absmax
     spread = jnp.broadcast_to(absmax[..., None], (*absmax.shape, block))
     return spread.reshape(*absmax.shape[:-1], -1)[..., :size]
 
@@ -255,12 +257,14 @@ def encode_blocks(x: Array, how: BlockFormat) -> QuantizedArray:
     absmax = _largest(jnp.where(jnp.isfinite(rows), rows, 0), block)
     # What compiled code may flush to zero cannot be divided by.
     absmax = jnp.where(absmax < jnp.finfo(absmax.dtype).tiny, 0, absmax)
-    divisor = _spread(jnp.where(absmax == 0, 1, absmax), block, size)
-    scaled = jnp.where(jnp.isfinite(rows), rows / divisor, 0)
+    # Entries are coded in the array's own shape: a look-up behind a reshape would not fuse.
+    whole = rows.reshape(x.shape)
+    divisor = _spread(jnp.where(absmax == 0, 1, absmax), block, size).reshape(x.shape)
+    scaled = jnp.where(jnp.isfinite(whole), whole / divisor, 0)
     codes = _encode(scaled.astype(jnp.float32), how)
     if how.bits == 4:
-        return QuantizedArray(_pack(codes), absmax)
-    return QuantizedArray(_placed(codes.reshape(x.shape), jax.typeof(x).sharding), absmax)
+        return QuantizedArray(_pack(codes.reshape(rows.shape)), absmax)
+    return QuantizedArray(_placed(codes, jax.typeof(x).sharding), absmax)
 
 
 def decode_blocks(
@@ -270,7 +274,7 @@ def decode_blocks(
     size = _row_shape(shape, how)[-1]
     codes = _in_rows(q.codes, how) if how.bits == 8 else _unpack(_in_rows(q.codes, how), size)
     spread = _spread(_in_rows(q.absmax, how), min(how.block_size, size), size)
-    whole = (_decode(codes, how, q.absmax.dtype) * spread).reshape(shape)
+    whole = _decode(codes.reshape(shape), how, q.absmax.dtype) * spread.reshape(shape)
     return _placed(whole, sharding)
 
 

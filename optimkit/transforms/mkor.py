@@ -2,65 +2,36 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimkit.layout import (
-    EMBEDDING_WORDS,
-    MatrixAxesOverride,
-    has_word,
-    matrix_axes,
-    named_leaves,
-)
+from optimkit.layout import MatrixAxesOverride, named_leaves
 from optimkit.leaves import check_match, check_real, check_structure, zero_count
-from optimkit.matrices.kronecker import (
-    Factor,
-    as_matrix,
-    bias_like,
-    blend,
-    choose,
-    divided,
-    from_matrix,
-    identity,
-    image,
-    is_finite,
-    largest,
-    layer_shape,
-    rank_one,
-    two_sided,
-    whole,
-)
+from optimkit.matrices.kronecker import Factor, identity, layer_shape
 from optimkit.numerics import (
     check_choice,
     check_count,
     check_range,
     compute_dtype,
     due,
-    narrow,
     next_count,
-    safe_div,
-    safe_norm,
 )
-from optimkit.protocols import (
-    Array,
-    GradientTransformation,
-    MatrixAxes,
-    Method,
-    PyTree,
-    transformation,
+from optimkit.protocols import Array, GradientTransformation, Method, PyTree, transformation
+from optimkit.transforms.mkor_factors import (
+    RESETS,
+    UPDATE_RULES,
+    Pair,
+    RefreshRule,
+    Reset,
+    UpdateRule,
+    precondition,
+    refreshed,
 )
-
-UPDATE_RULES = ("code", "paper", "exact")
-RESETS = ("identity", "blend")
-
-UpdateRule: TypeAlias = Literal["code", "paper", "exact"]
-Reset: TypeAlias = Literal["identity", "blend"]
-Skip: TypeAlias = Sequence[str] | Callable[[str, Any], bool]
+from optimkit.transforms.mkor_layers import Layer, Skip, example_stats, find_layers, stats_of
 
 
 class ScaleByMkorState(NamedTuple):
@@ -77,68 +48,6 @@ class ScaleByMkorState(NamedTuple):
     inverse_outputs: PyTree
     reset_inputs: PyTree
     reset_outputs: PyTree
-
-
-class Layer(NamedTuple):
-    """A kernel and its bias: a name, places in the order of ``jax.tree.leaves``, and axes."""
-
-    name: str
-    kernel: int
-    bias: int | None
-    axes: MatrixAxes
-
-
-def find_layers(
-    tree: PyTree, skip: Skip = (), override: MatrixAxesOverride = None
-) -> tuple[Layer, ...]:
-    """The Dense and Conv layers of a tree: kernels, each with the ``bias`` beside it if it fits.
-
-    A layer is named by its path: ``block/dense`` for ``block/dense/kernel``. A leaf of another name
-    than ``kernel`` is a layer of its own. Embedding tables, vectors and empty leaves are none.
-
-    Args:
-      tree: the parameters, or anything like them.
-      skip: layers to leave out: patterns of layer or leaf paths, or ``(leaf path, leaf) -> bool``.
-      override: which axes are inputs and outputs, where name and shape do not tell.
-
-    Raises:
-      ValueError: for a pattern that matches no layer, or an ambiguous layout.
-    """
-    named = named_leaves(tree)
-    places = {name: index for index, (name, _) in enumerate(named)}
-    found: list[tuple[str, Layer]] = []
-    for index, (name, leaf) in enumerate(named):
-        parent, _, last = name.rpartition("/")
-        if np.size(leaf) == 0 or has_word(last, EMBEDDING_WORDS):
-            continue
-        if callable(skip) and skip(name, leaf):
-            continue
-        axes = matrix_axes(name, leaf, override)
-        if axes is None:
-            continue
-        bias = None
-        if last == "kernel":
-            place = places.get(f"{parent}/bias" if parent else "bias")
-            wanted = tuple(leaf.shape[a] for a in (*axes.batch, *axes.outputs))
-            if place is not None and np.shape(named[place][1]) == wanted:
-                bias = place
-        layer = (parent or "(root)") if last == "kernel" else name
-        found.append((name, Layer(layer, index, bias, axes)))
-    if callable(skip):
-        return tuple(layer for _, layer in found)
-    for pattern in skip:
-        if named and not any(_matches(pattern, name, layer) for name, layer in found):
-            names = [layer.name for _, layer in found]
-            raise ValueError(f"skip: {pattern!r} matches none of the layers {names}")
-    return tuple(
-        layer
-        for name, layer in found
-        if not any(_matches(pattern, name, layer) for pattern in skip)
-    )
-
-
-def _matches(pattern: str, name: str, layer: Layer) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for path in (name, layer.name))
 
 
 def scale_by_mkor(
@@ -237,6 +146,8 @@ def scale_by_mkor(
     if factor_dtype is not None and not jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating):
         raise ValueError(f"factor_dtype must be a floating-point dtype, got {factor_dtype!r}")
 
+    rule = RefreshRule(update_rule, reset, factor_decay, threshold, stabilization)
+
     def dtype_of(leaf: Any) -> Any:
         wide = compute_dtype(leaf)
         return wide if factor_dtype is None else jnp.promote_types(wide, factor_dtype)
@@ -258,17 +169,6 @@ def scale_by_mkor(
                 flags[layer.kernel] = jnp.ones(batch, bool)
         return ScaleByMkorState(zero_count(), *(structure.unflatten(c) for c in columns))
 
-    def refresh(pair: _Pair, a: Array, g: Array) -> _Pair:
-        if update_rule == "code":
-            return _refresh_code(pair, a, g, factor_decay, threshold, stabilization, reset)
-        rule = _exact if update_rule == "exact" else _paper
-
-        def one(factor: Factor, v: Array) -> Factor:
-            stable = blend(factor, jnp.where(largest(factor) > threshold, stabilization, 0.0))
-            return _if_finite(rule(stable, image(stable, v), factor_decay), factor)
-
-        return _Pair(one(pair.a, a), one(pair.g, g), pair.reset_a, pair.reset_g)
-
     def update(
         updates: PyTree,
         state: ScaleByMkorState,
@@ -288,20 +188,20 @@ def scale_by_mkor(
         _check_all_found(layers, names, leaves, columns[1])
         pairs = [_pair_of(layer, names, leaves, columns) for layer in layers]
         stats = [
-            _stats_of(layer, leaves[layer.kernel], pair, layer_stats, clip)
+            stats_of(layer, leaves[layer.kernel], pair, layer_stats, clip)
             for layer, pair in zip(layers, pairs, strict=True)
         ]
 
-        def refreshed(pairs: list[_Pair]) -> list[_Pair]:
-            return [refresh(pair, *v) for pair, v in zip(pairs, stats, strict=True)]
+        def all_refreshed(pairs: list[Pair]) -> list[Pair]:
+            return [refreshed(pair, *v, rule) for pair, v in zip(pairs, stats, strict=True)]
 
         now = due(state.count, inv_freq) | (state.count < warmup_steps)
         if layers:
-            pairs = jax.lax.cond(now, refreshed, lambda pairs: pairs, pairs)
+            pairs = jax.lax.cond(now, all_refreshed, lambda pairs: pairs, pairs)
         for layer, pair in zip(layers, pairs, strict=True):
             kernel = leaves[layer.kernel]
             bias = None if layer.bias is None else leaves[layer.bias]
-            new, new_bias = _precondition(pair, kernel, bias, layer.axes)
+            new, new_bias = precondition(pair, kernel, bias, layer.axes)
             leaves[layer.kernel] = new
             columns[0][layer.kernel], columns[1][layer.kernel] = pair.a.square, pair.g.square
             columns[2][layer.kernel], columns[3][layer.kernel] = pair.reset_a, pair.reset_g
@@ -317,53 +217,7 @@ def scale_by_mkor(
 
 
 # ---------------------------------------------------------------------------------------------
-# Refreshes
-# ---------------------------------------------------------------------------------------------
-
-
-class _Pair(NamedTuple):
-    """The two factors of a layer, and whether they start anew."""
-
-    a: Factor
-    g: Factor
-    reset_a: Array
-    reset_g: Array
-
-
-def _refresh_code(
-    pair: _Pair, a: Array, g: Array, decay: Any, threshold: Any, stabilization: Any, reset: Reset
-) -> _Pair:
-    """Inputs first: where they trip, the outputs are reset in this refresh, they in the next."""
-
-    def one(factor: Factor, v: Array, due_now: Array) -> tuple[Factor, Array]:
-        fresh = blend(factor, jnp.asarray(1.0 if reset == "identity" else stabilization))
-        mixed = blend(factor, jnp.asarray(1 - decay))
-        of = image(mixed, v)
-        followed = rank_one(mixed, jnp.ones_like(of.form), of, -1 / (1 + of.form))
-        new = choose(due_now, fresh, _if_finite(followed, factor))
-        return new, ~due_now & (largest(new) > threshold)
-
-    new_a, tripped = one(pair.a, a, pair.reset_a)
-    new_g, tripped_g = one(pair.g, g, pair.reset_g | tripped)
-    return _Pair(new_a, new_g, tripped | tripped_g, tripped_g)
-
-
-def _exact(factor: Factor, of: Any, decay: Any) -> Factor:
-    scale = (1 - decay) / (decay * (decay + (1 - decay) * of.form))
-    return rank_one(factor, jnp.full_like(of.form, 1 / decay), of, -scale)
-
-
-def _paper(factor: Factor, of: Any, decay: Any) -> Factor:
-    scale = (1 - decay) / (decay**2 * (1 + decay * (1 - decay) * of.form))
-    return rank_one(factor, jnp.full_like(of.form, decay), of, scale)
-
-
-def _if_finite(new: Factor, old: Factor) -> Factor:
-    return choose(is_finite(new), new, old)
-
-
-# ---------------------------------------------------------------------------------------------
-# A layer
+# The state of a layer
 # ---------------------------------------------------------------------------------------------
 
 
@@ -391,7 +245,7 @@ def _check_all_found(
             )
 
 
-def _pair_of(layer: Layer, names: list[str], leaves: list[Any], columns: list[list[Any]]) -> _Pair:
+def _pair_of(layer: Layer, names: list[str], leaves: list[Any], columns: list[list[Any]]) -> Pair:
     """The state of a layer, checked against its gradient."""
     kernel = leaves[layer.kernel]
     batch, inputs, outputs = layer_shape(kernel, layer.axes)
@@ -404,90 +258,12 @@ def _pair_of(layer: Layer, names: list[str], leaves: list[Any], columns: list[li
             f"the layer that the state was made for, whose factors have shapes {np.shape(a)} and "
             f"{np.shape(g)}"
         )
-    return _Pair(Factor(a, border), Factor(g, None), reset_a, reset_g)
-
-
-def _stats_of(
-    layer: Layer,
-    kernel: Array,
-    pair: _Pair,
-    layer_stats: Mapping[str, Mapping[str, Any]] | None,
-    clip: Any,
-) -> tuple[Array, Array]:
-    """The two vectors of a layer, on every device, limited to ``clip``."""
-    if layer_stats is None or layer.name not in layer_stats:
-        given = "nothing" if layer_stats is None else sorted(layer_stats)
-        raise ValueError(
-            f"layer_stats lacks layer {layer.name!r} (it has {given}): call update(gradients, "
-            "state, params, layer_stats=collect_layer_stats(...)), or name the layer in skip"
-        )
-    found = []
-    for what, factor in (("a", pair.a), ("g", pair.g)):
-        shape = factor.square.shape[:-1]
-        if what not in layer_stats[layer.name] or np.shape(layer_stats[layer.name][what]) != shape:
-            given = {name: np.shape(x) for name, x in layer_stats[layer.name].items()}
-            raise ValueError(
-                f"layer_stats[{layer.name!r}] must hold {what!r} of shape {shape}, got {given}"
-            )
-        v = jnp.asarray(layer_stats[layer.name][what], factor.square.dtype)
-        found.append(whole(jnp.clip(v, -clip, clip), kernel))
-    return found[0], found[1]
-
-
-def _precondition(
-    pair: _Pair, kernel: Array, bias: Array | None, axes: MatrixAxes
-) -> tuple[Array, Array | None]:
-    """The new gradient of kernel and bias, in the dtypes and places in which they came."""
-    dtype = pair.a.square.dtype
-    batch, _, outputs = layer_shape(kernel, axes)
-    wide = as_matrix(jnp.asarray(kernel, dtype), axes)
-    wide_bias = None
-    if bias is not None:
-        flat = jnp.asarray(whole(bias, bias), dtype)
-        wide_bias = flat.reshape(*batch, outputs)
-    new, new_bias = two_sided(pair.a, pair.g, wide, wide_bias)
-
-    def norms(w: Array, b: Array | None) -> Array:
-        norm = safe_norm(w, (-2, -1))
-        return norm if b is None else norm + safe_norm(b, -1)
-
-    factor = safe_div(norms(wide, wide_bias), norms(divided(new), new_bias), jnp.nan)
-    # Zero gradients, and products beyond what floats hold, keep what they have.
-    good = jnp.isfinite(factor)
-    factor = jnp.where(good, factor, 0)
-
-    def scaled(old: Array, v: Array, axes: int) -> Array:
-        over = tuple(range(-axes, 0))
-        return jnp.where(jnp.expand_dims(good, over), jnp.expand_dims(factor, over) * v, old)
-
-    done = from_matrix(scaled(wide, new, 2), kernel, axes)
-    done = narrow(done, jnp.result_type(kernel))
-    if bias is None or wide_bias is None or new_bias is None:
-        return done, None
-    done_bias = bias_like(scaled(wide_bias, new_bias, 1), bias)
-    return done, narrow(done_bias, jnp.result_type(bias))
+    return Pair(Factor(a, border), Factor(g, None), reset_a, reset_g)
 
 
 # ---------------------------------------------------------------------------------------------
 # The record
 # ---------------------------------------------------------------------------------------------
-
-
-def example_stats(params: PyTree, grads: PyTree) -> dict[str, Any]:
-    """Statistics for every layer, as large as its gradient."""
-    rng = np.random.default_rng(0)
-    stats = {}
-    sizes = jax.tree.leaves(grads)
-    leaves = jax.tree.leaves(params)
-    for layer in find_layers(params):
-        kernel = leaves[layer.kernel]
-        batch, inputs, outputs = layer_shape(kernel, layer.axes)
-        size = jnp.max(jnp.abs(sizes[layer.kernel])).astype(compute_dtype(kernel))
-        stats[layer.name] = {
-            "a": jnp.asarray(rng.normal(size=(*batch, inputs)), size.dtype),
-            "g": size * jnp.asarray(rng.normal(size=(*batch, outputs)), size.dtype),
-        }
-    return {"layer_stats": stats}
 
 
 TRACED = ("factor_decay", "threshold", "stabilization", "clip")

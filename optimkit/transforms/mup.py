@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,119 +21,17 @@ from optimkit.protocols import (
     PyTree,
     transformation,
 )
+from optimkit.transforms.mup_growth import BaseShapes, Growth, growth, is_shape, shapes_by_name
+from optimkit.transforms.mup_growth import base_shapes as base_shapes
 
 OPTIMIZERS = ("adam", "sgd")
 READOUTS = ("multiplier", "lr")
 
 Optimizer = Literal["adam", "sgd"]
 Readout = Literal["multiplier", "lr"]
-BaseShapes = PyTree | Callable[[str, Any], tuple[int, ...]]
-
-# ---------------------------------------------------------------------------------------------
-# Shapes
-# ---------------------------------------------------------------------------------------------
 
 
-def base_shapes(init_fn: Callable[..., PyTree], **small_config: Any) -> PyTree:
-    """The shapes of the parameters of a small model, which is never built.
-
-    Args:
-      init_fn: makes the parameters: ``lambda width: Model(width).init(key, x)["params"]``.
-      **small_config: its arguments for the base model.
-
-    >>> import jax.numpy as jnp
-    >>> base_shapes(lambda width: {"kernel": jnp.zeros((3, width))}, width=8)["kernel"].shape
-    (3, 8)
-    """
-    return jax.eval_shape(functools.partial(init_fn, **small_config))
-
-
-def _is_shape(node: Any) -> bool:
-    return type(node) in (tuple, list) and all(isinstance(n, (int, np.integer)) for n in node)
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(map(int, leaf)) if _is_shape(leaf) else tuple(np.shape(leaf))
-
-
-def _by_name(base: BaseShapes) -> Callable[[str, Any], tuple[int, ...]]:
-    """``(name, leaf) -> shape in the base model``; names need not be all those of the base."""
-    if callable(base):
-        return lambda name, leaf: _shape(base(name, leaf))
-    with_path = jax.tree_util.tree_leaves_with_path(base, is_leaf=_is_shape)
-    known: Mapping[str, tuple[int, ...]] = {path_name(p): _shape(leaf) for p, leaf in with_path}
-
-    def look_up(name: str, leaf: Any) -> tuple[int, ...]:
-        if name not in known:
-            raise ValueError(f"base_shapes has no leaf {name!r}; it has {sorted(known)}")
-        return known[name]
-
-    return look_up
-
-
-def _fans(name: str, leaf: Any, fan_axes: MatrixAxesOverride) -> tuple[MatrixAxes, bool]:
-    """Which axes are inputs and outputs, and whether the user said so.
-
-    All axes of a vector are outputs, and the rows of an embedding table inputs.
-    """
-    shape = _shape(leaf)
-    rank, last = len(shape), name.rsplit("/", 1)[-1].lower()
-    if callable(fan_axes):
-        given = fan_axes(name, leaf)
-    else:
-        patterns = (fan_axes or {}).items()
-        given = next((axes for p, axes in patterns if fnmatch.fnmatchcase(name, p)), None)
-    if given is not None:
-        return layout.check_axes(name, shape, given), True
-    if rank < 2 or last in layout.VECTOR_WORDS:
-        return MatrixAxes((), (), tuple(range(rank))), False
-    split = (*layout.SPLIT_OUTPUT_WORDS, *layout.SPLIT_INPUT_WORDS)
-    is_conv = layout.has_word(name, layout.CONV_WORDS)
-    if rank == 3 and layout.has_word(name, split) and not is_conv:
-        return layout.default_matrix_axes(name, shape) or MatrixAxes((), (), (0, 1, 2)), False
-    return MatrixAxes(tuple(range(rank - 2)), (rank - 2,), (rank - 1,)), False
-
-
-class _Growth(NamedTuple):
-    """By what inputs and outputs grew over the base model; None where they are of fixed size."""
-
-    inputs: float | None
-    outputs: float | None
-
-
-def _growth(name: str, leaf: Any, base: tuple[int, ...], fan_axes: MatrixAxesOverride) -> _Growth:
-    shape = _shape(leaf)
-    if len(shape) != len(base):
-        raise ValueError(f"leaf {name!r} has shape {shape}, but {base} in base_shapes")
-    axes, said = _fans(name, leaf, fan_axes)
-    other = [axis for axis in axes.batch if shape[axis] != base[axis]]
-    if other and not said:
-        raise ValueError(
-            f"leaf {name!r} of shape {shape} grew from {base} along axis {other[0]}, which is read "
-            f"as neither inputs {axes.inputs} nor outputs {axes.outputs}; say what it is, with "
-            f"fan_axes={{{name!r}: MatrixAxes(batch=..., inputs=..., outputs=...)}}"
-        )
-
-    def ratio(group: tuple[int, ...]) -> float | None:
-        if all(shape[axis] == base[axis] for axis in group):
-            return None
-        small = math.prod(base[axis] for axis in group)
-        return math.prod(shape[axis] for axis in group) / small if small else 1.0
-
-    grown = _Growth(ratio(axes.inputs), ratio(axes.outputs))
-    is_table = layout.has_word(name.rsplit("/", 1)[-1], layout.EMBEDDING_WORDS) and not said
-    if is_table and grown.inputs is not None:
-        raise ValueError(f"embedding {name!r} has shape {shape}, but {base} in base_shapes: the "
-                         "vocabulary must be the same")  # fmt: skip
-    return grown
-
-
-# ---------------------------------------------------------------------------------------------
-# Multipliers
-# ---------------------------------------------------------------------------------------------
-
-
-def _multiplier(grown: _Growth, optimizer: Optimizer, readout: Readout) -> float:
+def _multiplier(grown: Growth, optimizer: Optimizer, readout: Readout) -> float:
     rows, columns = grown
     if rows is None and columns is None:
         return 1.0
@@ -154,11 +49,11 @@ def _leaf_multiplier(
     """The multiplier of one leaf, as a function of its key path and itself."""
     check_choice(OPTIMIZERS, optimizer=optimizer)
     check_choice(READOUTS, readout=readout)
-    look_up = _by_name(base)
+    look_up = shapes_by_name(base)
 
     def one(path: Any, leaf: Any) -> float:
         name = path_name(path)
-        grown = _growth(name, leaf, look_up(name, leaf), fan_axes)
+        grown = growth(name, leaf, look_up(name, leaf), fan_axes)
         return _multiplier(grown, optimizer, readout)
 
     return one
@@ -192,7 +87,7 @@ def mup_multipliers(
     {'head': 1.0, 'hidden': 0.25}
     """
     one = _leaf_multiplier(base_shapes, optimizer, readout, fan_axes)
-    return jax.tree_util.tree_map_with_path(one, shapes, is_leaf=_is_shape)
+    return jax.tree_util.tree_map_with_path(one, shapes, is_leaf=is_shape)
 
 
 def mup_weight_decay_multipliers(

@@ -22,6 +22,7 @@ from optimkit.protocols import (
 )
 from optimkit.transforms.adam import scale_by_adam
 from optimkit.transforms.regularize_gradient import Mode, Norm, regularize_gradient
+from optimkit.wrappers.sam import slope_extras
 
 
 def gradient_regularized_lora(
@@ -163,19 +164,13 @@ def _everything(name: str, leaf: Any) -> bool:
     return True
 
 
-def _example_extras(params: PyTree, grads: PyTree) -> dict[str, Any]:
-    """The gradient of a slope: the same everywhere, so that a leaf left out changes no other."""
-    del params, grads
-    return {"grad_fn": lambda params: jax.tree.map(jnp.ones_like, params)}
-
-
 RECORD = Method(
     factory=gradient_regularized_lora,
     kind="wrapper",
     summary="LoRA factors trained with a gradient steered by SAM's",
     example={"lora_leaves": _everything, "per_leaf": True, "strength": 0.5},
     example_made={"inner": scale_by_adam},
-    extras=_example_extras,
+    extras=slope_extras,
     exempt={"fidelity": "no code was published, and the paper's formula was not accessible"},
     traced=("rho", "strength", "eps"),
     static=("inner", "mode", "per_leaf", "norm", "adaptive", "lora_leaves"),

@@ -13,6 +13,7 @@ from optimkit.leaves import check_match, check_real, moment_paths, zero_count
 from optimkit.numerics import as_float, check_choice, check_count, check_range, due, next_count
 from optimkit.protocols import (
     COUNT_FIELDS,
+    PARAMETER_FIELDS,
     Array,
     GradientTransformation,
     Method,
@@ -54,8 +55,11 @@ def _is_count(path: Any, siblings: set[tuple[Any, ...]]) -> bool:
 
 def _reset_marks(inner: optax.GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     """Per state leaf ``"moment"`` (float, a parameter's place and shape), ``"count"`` or ``""``."""
-    held = moment_paths(inner.init, state, params)
-    marks = jax.tree.map(lambda where: "moment" if where else "", held)
+
+    def mark_of(where: str) -> str:
+        return "moment" if where and PARAMETER_FIELDS.isdisjoint(where.split("/")) else ""
+
+    marks = jax.tree.map(mark_of, moment_paths(inner.init, state, params))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     prefixes = {path_parts(path)[:end] for path in paths for end in range(1, len(path) + 1)}
     return jax.tree_util.tree_map_with_path(
@@ -76,8 +80,9 @@ def momentum_reset(
 
     A gradient spike stays in Adam's moments for a long time; forgetting them now and then limits
     the harm. What is reset: floating-point arrays of the inner state that stand in a parameter's
-    place and have its shape, and step counts. What never is: rates, injected hyperparameters and
-    the counts that drive them, seeds, and statistics of whole leaves.
+    place and have its shape, and step counts. What never is: copies of parameters such as ``z`` and
+    averages, rates, injected hyperparameters and the counts that drive them, seeds, and statistics
+    of whole leaves.
 
     Args:
       inner: any transformation; its state is searched, however deep.

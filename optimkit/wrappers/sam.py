@@ -85,7 +85,7 @@ def sam(
     return transformation(init, update)
 
 
-def _example_extras(params: PyTree, grads: PyTree) -> dict[str, Any]:
+def slope_extras(params: PyTree, grads: PyTree) -> dict[str, Any]:
     """The gradient of a slope: the same everywhere, so that a leaf left out changes no other."""
     del params, grads
     return {"grad_fn": lambda params: jax.tree.map(jnp.ones_like, params)}
@@ -96,7 +96,7 @@ RECORD = Method(
     kind="wrapper",
     summary="an optimizer fed with the gradient of a point uphill",
     example_made={"inner": scale_by_adam},
-    extras=_example_extras,
+    extras=slope_extras,
     traced=("rho",),
     static=("inner", "adaptive"),
     needs=("params", "grad_fn"),

@@ -251,8 +251,8 @@ def test_without_flax_one_sentence_says_what_to_install(monkeypatch: pytest.Monk
             raise ModuleNotFoundError("No module named 'flax'", name="flax")
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "optimkit.nn.quant_dense", raising=False)
-    monkeypatch.delattr(importlib.import_module("optimkit.nn"), "quant_dense", raising=False)
+    monkeypatch.delitem(sys.modules, "optimkit.nn.quant_layers", raising=False)
+    monkeypatch.delattr(importlib.import_module("optimkit.nn"), "quant_layers", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_flax)
     with pytest.raises(ImportError, match=r'pip install "optimkit\[flax\]"'):
         _ = nn.QuantLinear

@@ -13,7 +13,7 @@ import optimkit as ok
 from optimkit import nn
 from optimkit.matrices.input_gram import input_rows
 from optimkit.protocols import MatrixAxes
-from optimkit.transforms.mkor import find_layers
+from optimkit.transforms.mkor_layers import find_layers
 from optimkit.wrappers import loss_decrease_rate
 
 RNG = np.random.default_rng(0)

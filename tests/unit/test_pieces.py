@@ -175,6 +175,14 @@ def test_momentum_reset_leaves_rates_seeds_and_statistics_alone() -> None:
     assert int(injected.inner_state.count) == 1
 
 
+def test_momentum_reset_leaves_copies_of_parameters_alone() -> None:
+    params, grads = {"w": jnp.array([4.0])}, [{"w": jnp.ones(1)}] * 2
+    inner = ok.schedule_free_sgd(0.5)
+    _, plain = run(inner, params, grads)
+    _, state = run(ok.momentum_reset(inner, 2, counts="never"), params, grads)
+    np.testing.assert_array_equal(optax.tree.get(state, "z")["w"], optax.tree.get(plain, "z")["w"])
+
+
 def test_momentum_reset_inside_masked_and_around_it() -> None:
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     mask = {"a": True, "b": False}

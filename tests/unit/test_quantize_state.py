@@ -14,7 +14,12 @@ import optimkit as ok
 from optimkit.benchmark import measure, memory
 from optimkit.layout import named_leaves
 from optimkit.transforms import dequantize_blockwise, dynamic_map, quantize_blockwise
-from optimkit.transforms.block_codes import BlockFormat, decode_blocks, encode_blocks
+from optimkit.transforms.block_codes import (
+    BlockFormat,
+    QuantizedArray,
+    decode_blocks,
+    encode_blocks,
+)
 
 FORMATS = ("dynamic8", "dynamic4", "companded8", "bf16_sr")
 
@@ -69,6 +74,15 @@ def test_no_negative_entry_becomes_zero_where_signs_are_kept() -> None:
 
 
 # -- the wrapper ------------------------------------------------------------------------------
+
+
+def test_no_positive_second_moment_vanishes_in_four_bits() -> None:
+    tx: Any = ok.quantize_state(ok.scale_by_adam(b2=0.0), format="dynamic4", min_size=1)
+    g = jnp.array([1.0, 1e-4, 0.0])
+    _, state = tx.update(g, tx.init(g))
+    how = BlockFormat(signed=False, bits=4)
+    codes = QuantizedArray(state.inner_state.nu, state.absmax.nu)
+    np.testing.assert_allclose(decode_blocks(codes, (3,), how), [1.0, 3.25e-3, 0.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.linen.dtypes import promote_dtype
 
-from optimkit.nn.fake_quant import Kind, quantized_dense
+from optimkit.nn.quantized_dense import Kind, quantized_dense
 from optimkit.protocols import Array
 
 
