@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optimkit.leaves import check_match, widen
+from optimkit.matrices.decompositions import eigh
 from optimkit.matrices.placement import place_like
 from optimkit.numerics import check_count, check_range, compute_dtype, safe_div, tree_vdot
 from optimkit.protocols import Array, PyTree
@@ -221,5 +222,5 @@ def slq_density(alphas: Array, betas: Array) -> tuple[jax.Array, jax.Array]:
     over = jnp.cumsum(jnp.concatenate([jnp.zeros(1, betas.dtype), betas == 0])) > 0
     alphas = jnp.where(over, alphas[0], alphas)
     matrix = jnp.diag(alphas) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
-    nodes, vectors = jnp.linalg.eigh(matrix)
+    nodes, vectors = eigh(matrix)
     return nodes, jnp.square(vectors[0])

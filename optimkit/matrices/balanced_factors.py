@@ -15,6 +15,7 @@ import numpy as np
 
 from optimkit.layout import named_leaves
 from optimkit.leaves import check_real
+from optimkit.matrices.decompositions import qr, svd
 from optimkit.matrices.engine import gather, map_matrices, place_like
 from optimkit.matrices.statistics import frobenius_norm
 from optimkit.matrices.subspace import canonical_signs, product
@@ -235,11 +236,7 @@ def _transposed(x: Array) -> jax.Array:
 
 def _q_and_r(x: Array) -> tuple[jax.Array, jax.Array]:
     """Orthonormal columns, as many as the smaller side of ``x``, and x in terms of them."""
-    # What cuts out the triangle in jnp.linalg.qr fails on stacks that are divided among devices.
-    reflections, scales = jnp.linalg.qr(x, mode="raw")
-    q = jax.lax.linalg.householder_product(
-        _transposed(reflections)[..., : min(x.shape[-2:])], scales
-    )
+    q, _ = qr(x)
     return q, product(_transposed(q), x)
 
 
@@ -251,7 +248,7 @@ def _balanced(joined: Array, inputs: int) -> jax.Array:
 
     q_a, r_a = _q_and_r(jnp.where(finite, safe_div(a, norm_a), 0))
     q_b, r_b = _q_and_r(jnp.where(finite, safe_div(b, norm_b), 0))
-    left, values, right = jnp.linalg.svd(product(r_a, _transposed(r_b)), full_matrices=False)
+    left, values, right = svd(product(r_a, _transposed(r_b)))
     vectors = canonical_signs(
         jnp.concatenate([product(q_a, left), product(q_b, _transposed(right))], axis=-2)
     )

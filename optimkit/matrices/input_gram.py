@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optimkit.matrices.decompositions import solve, solve_positive
 from optimkit.matrices.placement import gather, place_like, replicated
 from optimkit.numerics import check_choice, compute_dtype, saturate
 from optimkit.protocols import Array
@@ -176,8 +177,8 @@ def apply_left_inverse(gram: Array, lam: Any, g: Array, method: Method = "solve"
         return g
     matrix = gram + regularization(gram, lam) * jnp.eye(gram.shape[0], dtype=gram.dtype)
     if method == "cholesky":
-        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), g)
-    return jnp.linalg.solve(matrix, g)
+        return solve_positive(matrix, g)
+    return solve(matrix, g)
 
 
 def apply_rows_left_inverse(rows: Array, lam: Any, g: Array, method: Method = "solve") -> jax.Array:

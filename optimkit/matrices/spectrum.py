@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from optimkit.matrices import decompositions
 from optimkit.numerics import compute_dtype, max_abs, safe_div
 from optimkit.protocols import Array
 
@@ -30,12 +31,12 @@ def singular_values(x: Array, *, centered: bool = False, method: SpectrumMethod 
     if centered:
         x = x - jnp.mean(x, axis=0, keepdims=True)
     if method == "svd":
-        return jnp.linalg.svd(x, compute_uv=False)
+        return decompositions.singular_values(x)
     # Divided by its largest entry, so that no square overflows.
     largest = max_abs(x)
     y = safe_div(x, largest)
     gram = y @ y.T if x.shape[0] < x.shape[1] else y.T @ y
-    values = jnp.linalg.eigvalsh(gram)[::-1]
+    values = decompositions.eigenvalues(gram)[::-1]
     return largest * jnp.sqrt(jnp.maximum(values, 0))
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from optimkit.matrices.decompositions import cholesky, eigh, qr, solve_lower, svd
 from optimkit.matrices.statistics import frobenius_norm
 from optimkit.numerics import check_choice, check_count, compute_dtype, safe_div
 from optimkit.protocols import Array
@@ -46,17 +47,15 @@ def orthonormal_columns(x: Array, method: Literal["qr", "cholesky"] = "qr") -> j
 
     def basis(x: jax.Array) -> jax.Array:
         if method == "qr":
-            return jnp.linalg.qr(x)[0]
+            return qr(x)[0]
         rows, cols = x.shape[-2:]
         eps = float(jnp.finfo(x.dtype).eps)
         for shift in (11 * (rows + cols) * eps, 0.0, 0.0):
             gram = product(_transposed(x), x)
             # Without a floor a zero matrix has no factor; it stays zero.
             floor = jnp.maximum(shift * _trace(gram), float(jnp.finfo(x.dtype).tiny) ** 0.5)
-            factor = jnp.linalg.cholesky(gram + floor * _identity(gram))
-            x = _transposed(
-                jax.lax.linalg.triangular_solve(factor, _transposed(x), left_side=True, lower=True)
-            )
+            factor = cholesky(gram + floor * _identity(gram))
+            x = _transposed(solve_lower(factor, _transposed(x)))
         return x
 
     return _on_finite(basis, _normalized(x))
@@ -180,13 +179,13 @@ def leading_vectors(
         return canonical_signs(product(found, inner)), values
 
     def by_svd(x: jax.Array) -> jax.Array:
-        u, s, _ = jnp.linalg.svd(x, full_matrices=False)
+        u, s, _ = svd(x)
         return _with_values(u[..., :rank], s[..., :rank])
 
     def by_gram(x: jax.Array) -> jax.Array:
         rows, cols = x.shape[-2:]
         gram = product(x, _transposed(x)) if rows <= cols else product(_transposed(x), x)
-        values, vectors = jnp.linalg.eigh(gram)  # in ascending order
+        values, vectors = eigh(gram)  # in ascending order
         values = jnp.sqrt(jnp.maximum(values[..., ::-1][..., :rank], 0))
         vectors = vectors[..., ::-1][..., :rank]
         if rows > cols:

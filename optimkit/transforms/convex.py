@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optimkit.matrices import decompositions
 from optimkit.matrices.engine import gather, map_matrices
 from optimkit.matrices.newton_schulz import NS_COEFFS, newton_schulz
 from optimkit.numerics import max_abs, safe_div, safe_norm
@@ -261,7 +262,7 @@ def nuclear() -> Kappa:
         check(x)
         if x.ndim < 2 or x.size == 0:
             return safe_norm(x)
-        return jnp.linalg.svd(x, compute_uv=False)
+        return decompositions.singular_values(x)
 
     return Kappa(
         _total(singular_values),
