@@ -20,7 +20,7 @@ METHODS = {
 USUAL_DTYPES = {
     "state": ("bfloat16", "float32"),
     "finite": ("float16", "float32"),
-    "dtype": ("float16", "bfloat16"),
+    "dtype": ("bfloat16",),
     "compile": ("float32",),
     "compose": ("float32",),
     "trees": ("float32",),
