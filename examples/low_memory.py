@@ -145,10 +145,10 @@ ENTRIES = (
         {3e-3: 1.619, 1e-2: 1.678},
     ),
     Entry("coso", _coso, {3e-3: 1.622, 1e-2: 1.569, 3e-2: 1.768}),
-    Entry("dynamic_sparse, half", _half_of_the_weights, {3e-3: 1.514}),
+    Entry("half of the weights", _half_of_the_weights, {3e-3: 1.514}),
     Entry("factors, adamw", _adamw, {1e-3: 1.701, 3e-3: 1.871, 1e-2: 2.448}, FactoredLinear),
     Entry(
-        "factors, refactorized",
+        "factors, balanced",
         _refactorized,
         {1e-3: 1.727, 3e-3: 1.895, 1e-2: 2.321},
         FactoredLinear,
@@ -195,19 +195,20 @@ def table(histories: Mapping[str, report.History], steps: int) -> Table:
 
 
 def draw(histories: Mapping[str, report.History], path: Path) -> None:
-    """Validation loss over bytes of state."""
-    figure, (axes,) = report.figure_with_axes(1, width=8, height=5)
-    for entry in ENTRIES:
-        history = histories[entry.label]
-        at = history.bytes_per_parameter, history.val_loss
-        axes.plot(*at, "o", color="#0072b2")
-        axes.annotate(entry.label, at, xytext=(6, 3), textcoords="offset points", fontsize=9)
-    base = histories[ENTRIES[0].label].val_loss
-    axes.axhspan(base, 1.02 * base, color="#009e73", alpha=0.15, label="within 2% of f32 AdamW")
-    axes.set(xlabel="optimizer state (bytes per parameter)", ylabel="validation loss (nats/byte)")
-    axes.set_title("Quality against memory")
-    axes.margins(x=0.15)
-    axes.legend()
+    """Validation losses as bars, with the bytes of state beside them."""
+    figure, (axes,) = report.figure_with_axes(1, width=9, height=0.36 * len(histories) + 1.5)
+    losses = {label: history.val_loss for label, history in histories.items()}
+    base = losses[ENTRIES[0].label]
+    axes.axvspan(base, 1.02 * base, color="#009e73", alpha=0.2, label="within 2% of f32 AdamW")
+    axes.barh(list(losses), list(losses.values()), color="#0072b2", height=0.7)
+    for label, history in histories.items():
+        text = f" {history.bytes_per_parameter:.2f} bytes a parameter"
+        axes.text(history.val_loss, label, text, va="center", fontsize=9)
+    least, most = min(losses.values()), max(losses.values())
+    axes.set_xlim(least - 0.3 * (most - least) - 0.01, most + 0.5 * (most - least) + 0.01)
+    axes.invert_yaxis()
+    axes.set(xlabel="validation loss (nats per byte)", title="Quality against memory")
+    axes.legend(loc="upper right")
     report.save_figure(figure, path)
 
 

@@ -7,7 +7,7 @@ import optax
 from examples import low_memory
 from tests.examples.helpers import SMALL
 
-MASKED_OR_FACTORED = ("dynamic_sparse, half", "factors, adamw", "factors, refactorized")
+MASKED_OR_FACTORED = ("half of the weights", "factors, adamw", "factors, balanced")
 """A mask comes beside all moments; factors are fewer weights, not fewer bytes for each."""
 
 
@@ -29,7 +29,7 @@ def test_every_state_in_bits_or_in_a_subspace_is_smaller_than_adamws():
 
 
 def test_the_table_and_the_picture(tmp_path, monkeypatch):
-    labels = ("adamw, f32", "factors, refactorized")
+    labels = ("adamw, f32", "factors, balanced")
     chosen = [entry for entry in low_memory.ENTRIES if entry.label in labels]
     monkeypatch.setattr(low_memory, "ENTRIES", chosen)
     small = ("batch_size", "seq_len", "width", "depth", "heads")
