@@ -18,7 +18,7 @@ METHODS = {
 
 
 USUAL_DTYPES = {
-    "state": ("bfloat16", "float32"),
+    "state": ("float32",),
     "finite": ("float16", "float32"),
     "dtype": ("bfloat16",),
     "compile": ("float32",),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from examples import compare, linen_digits
 from examples.lm import report
@@ -303,6 +304,27 @@ def test_the_comparison_uses_the_best_rates_of_its_table():
         assert min(losses) < min(losses[0], losses[-1]), f"{entry.optimizer}: best at the edge"
 
 
+def test_the_optimizers_are_compared_and_drawn(tmp_path, monkeypatch):
+    full_size = compare.settings
+
+    def reduced(*asked):
+        config = full_size(*asked)
+        names = ("steps", "learning_rate", "optimizer", "opt_args")
+        return small(**{name: getattr(config, name) for name in names})
+
+    monkeypatch.setattr(compare, "settings", reduced)
+    histories = compare.compare(3)
+    assert [len(history.rows) for history in histories.values()] == [3] * len(compare.ENTRIES)
+    shown = Console(width=110, record=True)
+    shown.print(compare.table(histories))
+    text = shown.export_text()
+    assert "bytes/param" in text
+    assert all(entry.label in text for entry in compare.ENTRIES)
+    compare.draw(histories, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_the_comparison_prints_its_table_and_draws_its_picture(tmp_path):
     done = run_python("-m", "examples.compare", "--steps=4", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

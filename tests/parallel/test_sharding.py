@@ -20,17 +20,17 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_sharded_equals_single_device(record: Method) -> None:
-    cases.check_sharding(record, cases.usual_placements(record))
-    cases.check_communication(record)
-    cases.check_manual(record)
+    subject = cases.Subject(record)
+    cases.check_sharding(subject, cases.usual_placements(record))
+    cases.check_manual(subject)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("record", RECORDS)
 def test_every_placement(record: Method) -> None:
-    cases.check_sharding(record)
+    cases.check_sharding(cases.Subject(record))
 
 
 def test_a_transformation_that_flattens_is_rejected() -> None:
     with pytest.raises(Exception, match="reshape"):
-        cases.check_sharding(MESH_PROBE)
+        cases.check_sharding(cases.Subject(MESH_PROBE))
