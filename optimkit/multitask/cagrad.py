@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optimkit.leaves import narrow_like
+from optimkit.matrices import decompositions
 from optimkit.multitask.pcgrad import init_cosines, measure_cosines
 from optimkit.multitask.tasks import check_tasks, mix_tasks, task_gram
 from optimkit.numerics import check_choice, check_count, check_range, safe_div
@@ -91,7 +92,7 @@ def worst_case_weights(gram: Array, radius: Any, iters: int = 50, eps: Any = 1e-
         scaled = w[:, None] * curved * w[None] + wall * identity
         # The cone is flat along w itself. Steps have no part there, so a curvature may be added.
         scaled += jnp.trace(scaled) * (w[:, None] * w[None] / (w @ w) + precision * identity)
-        solved = jnp.linalg.solve(scaled, jnp.stack([w * down - wall, w], axis=1))
+        solved = decompositions.solve(scaled, jnp.stack([w * down - wall, w], axis=1))
         level = safe_div(w @ solved[:, 0], w @ solved[:, 1])
         step = level * solved[:, 1] - solved[:, 0]
         longest = jnp.minimum(1, TO_WALL / jnp.maximum(jnp.max(-step), TO_WALL))
