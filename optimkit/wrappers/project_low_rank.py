@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimkit.layout import named_leaves
 from optimkit.leaves import (
     check_match,
     check_real,
@@ -28,6 +27,7 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.adam import scale_by_adam
+from optimkit.wrappers.projector_refresh import ON_REFRESH, RefreshSchedule, renew
 from optimkit.wrappers.projectors import (
     FROM_KEY,
     PROJ_TYPES,
@@ -35,18 +35,14 @@ from optimkit.wrappers.projectors import (
     ProjectorFn,
     ProjectorRule,
     ProjType,
-    Side,
     first_projector,
-    new_projectors,
-    project,
     project_back,
+    project_leaves,
     projected_sides,
     projector_rank,
     select_matrices,
 )
-from optimkit.wrappers.subspace_moments import moments_by_leaf, turned_moment
 
-ON_REFRESH = ("keep", "rotate", "reset")
 ResidualFn = Callable[[Array, Array, Array, int | None], Array]
 """``(residual, inner update N, projected gradient R, projected side) -> residual``."""
 
@@ -173,7 +169,13 @@ def project_low_rank(
     inner = optax.with_extra_args_support(inner)
     through = optax.with_extra_args_support(residual_transform or optax.identity())
     has_residual = residual is not None or residual_transform is not None
-    rule = ProjectorRule(projector, rank, projector_oversample, projector_power_iters, seed)
+    schedule = RefreshSchedule(
+        ProjectorRule(projector, rank, projector_oversample, projector_power_iters, seed),
+        every=update_proj_gap,
+        stagger=stagger,
+        moments=moments_on_refresh,
+        stored=store_projector,
+    )
 
     def sides_of(tree: PyTree) -> list[tuple[int, ...]]:
         """The projected sides of each leaf, none for one that is not projected."""
@@ -213,12 +215,6 @@ def project_low_rank(
         params = widen(params)
         return as_trees(first_projectors(params, store=store_projector), params)
 
-    def lowered(
-        tree: PyTree, held: Sequence[Sequence[Array]], sides: Sequence[tuple[int, ...]]
-    ) -> PyTree:
-        leaves, structure = jax.tree.flatten(tree)
-        return structure.unflatten(map(project, leaves, held, sides))
-
     def residuals_alone(tree: PyTree, sides: Sequence[tuple[int, ...]]) -> PyTree:
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
@@ -232,62 +228,9 @@ def project_low_rank(
         return ProjectLowRankState(
             zero_count(),
             *init_projectors(params),
-            inner.init(lowered(params, held, sides)),
+            inner.init(project_leaves(params, held, sides)),
             through.init(residuals_alone(params, sides)) if residual_transform else None,
         )
-
-    def due(count: Array, offset: int) -> tuple[Array, Array]:
-        """Whether a leaf of that offset is renewed, and how often it has been before."""
-        if update_proj_gap is None:
-            return jnp.zeros((), bool), jnp.zeros((), jnp.int32)
-        at = count + offset
-        return (count == 0) | (at % update_proj_gap == 0), at // update_proj_gap
-
-    def renewed(
-        count: Array, grads: PyTree, held: list[list[Array]], inner_state: PyTree
-    ) -> tuple[list[list[Array]], PyTree]:
-        """The projectors in force, and the inner state whose moments know about them."""
-        named, all_sides = named_leaves(grads), sides_of(grads)
-        low = [index for index, sides in enumerate(all_sides) if sides]
-        kept, structure = jax.tree.flatten(inner_state)
-        moments: dict[int, list[tuple[int, bool]]] = {}
-        if moments_on_refresh != "keep":
-            moments = moments_by_leaf(inner.init, inner_state, lowered(grads, held, all_sides))
-        groups = [low] if low and not stagger else [[index] for index in low]
-        for turn, members in enumerate(groups):
-            offset = turn * (update_proj_gap or 0) // len(groups)
-            now, refresh = due(count, offset)
-            places = [place for index in members for place, _ in moments.get(index, ())]
-
-            def new(members: list[int] = members, refresh: Array = refresh) -> Any:
-                asked = [
-                    Side(index, *named[index], axis, previous, refresh)
-                    for index in members
-                    for axis, previous in zip(all_sides[index], held[index], strict=True)
-                ]
-                found = iter(new_projectors(rule, asked))
-                after = {index: [next(found) for _ in held[index]] for index in members}
-                moved = [
-                    turned_moment(kept[place], squared, held[index], after[index], all_sides[index])
-                    if moments_on_refresh == "rotate"
-                    else jnp.zeros_like(kept[place])
-                    for index in members
-                    for place, squared in moments.get(index, ())
-                ]
-                return [after[index] for index in members], moved
-
-            def old(members: list[int] = members, places: list[int] = places) -> Any:
-                return [held[index] for index in members], [kept[place] for place in places]
-
-            if update_proj_gap is None and store_projector:
-                continue
-            always = update_proj_gap == 1 or not store_projector
-            projectors, moved = new() if always else jax.lax.cond(now, new, old)
-            for index, own in zip(members, projectors, strict=True):
-                held[index] = own
-            for place, moment in zip(places, moved, strict=True):
-                kept[place] = moment
-        return held, structure.unflatten(kept)
 
     def update(
         updates: PyTree,
@@ -310,12 +253,14 @@ def project_low_rank(
         ]
         if not store_projector:
             held = first_projectors(grads, store=True)
-        held, inner_state = renewed(state.count, grads, held, state.inner_state)
-        low = lowered(grads, held, all_sides)
+        held, inner_state = renew(
+            schedule, state.count, grads, all_sides, held, inner.init, state.inner_state
+        )
+        low = project_leaves(grads, held, all_sides)
         moved, inner_state = inner.update(
             low,
             inner_state,
-            None if params is None else lowered(widen(params), held, all_sides),
+            None if params is None else project_leaves(widen(params), held, all_sides),
             **extra,
         )
         steps, coordinates = structure.flatten_up_to(moved), structure.flatten_up_to(low)

@@ -297,6 +297,14 @@ def project(x: Array, projectors: Sequence[Array], sides: Sequence[int]) -> Arra
     return x
 
 
+def project_leaves(
+    tree: PyTree, projectors: Sequence[Sequence[Array]], sides: Sequence[Sequence[int]]
+) -> PyTree:
+    """A tree in the subspaces of its leaves; those without a projected side as they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(map(project, leaves, projectors, sides))
+
+
 def project_back(x: Array, projectors: Sequence[Array], sides: Sequence[int], like: Array) -> Array:
     """The inverse way, to the shape (and on an explicit mesh, the place) of ``like``."""
     for p, side in zip(projectors, sides, strict=True):
