@@ -198,9 +198,9 @@ def test_the_four_bit_program_prints_its_table_and_draws_its_picture(tmp_path, c
     )
     values = flags.FlagValues()
     spike_study.define_flags(3, values)
-    values(["program", "--steps=3", f"--out={tmp_path}"])
+    values(["program", "--steps=3", "--seeds=2", f"--out={tmp_path}"])
     spike_study.main(tiny, values)
     out = capsys.readouterr().out
-    assert "Training 4 models of 3 steps" in out
-    assert "of 1 seed(s)" in out
+    assert "Training 8 models of 3 steps" in out
+    assert "of 2 seed(s)" in out
     assert (tmp_path / study.picture).read_bytes().startswith(b"\x89PNG")

@@ -112,8 +112,15 @@ def usual_placements(record: Method) -> tuple[str, ...]:
     return ("turn 0", "both")
 
 
-def check_sharding(subject: Subject, placements: Collection[str] = tuple(PLACEMENTS)) -> None:
-    """Explicit and auto meshes, the placements, where the state lies, and what is moved."""
+def check_sharding(
+    subject: Subject,
+    placements: Collection[str] = tuple(PLACEMENTS),
+    eager: Collection[str] = tuple(PLACEMENTS),
+) -> None:
+    """Explicit and auto meshes, the placements, where the state lies, and what is moved.
+
+    An eager init compiles each operation for each placement; those not in ``eager`` are jitted.
+    """
     params, first, second = values(0), values(1), values(2)
     _, state = subject.step(first, subject.init(params), params)
     expected, _ = subject.step(second, state, params)
@@ -127,14 +134,12 @@ def check_sharding(subject: Subject, placements: Collection[str] = tuple(PLACEME
                     continue  # the compiler decides there; one placement shows that it can
                 placed = [place(tree, mesh, placement) for tree in (params, first, second)]
                 what = f"{kind.name} mesh, {name}"
+                state = (subject.tx.init if name in eager else subject.init)(placed[0])
                 if kind == AxisType.Auto:
-                    _, state = subject.step(placed[1], subject.init(placed[0]), placed[0])
+                    _, state = subject.step(placed[1], state, placed[0])
                     got, _ = subject.step(placed[2], state, placed[0])
                     assert_close(got, expected, tolerance, what)
                     continue
-                # An eager init compiles each operation for each placement: once is enough.
-                init = subject.tx.init if name == "turn 0" else subject.init
-                state = init(placed[0])
                 step = subject.step.lower(placed[1], state, placed[0]).compile()
                 # Compiled code refuses a state that it was not compiled for: the second step's.
                 _, state = step(placed[1], state, placed[0])
