@@ -27,7 +27,6 @@ from optimkit.protocols import (
     transformation,
 )
 from optimkit.transforms.adam import scale_by_adam
-from optimkit.wrappers.projector_refresh import ON_REFRESH, RefreshSchedule, renew
 from optimkit.wrappers.projectors import (
     FROM_KEY,
     PROJ_TYPES,
@@ -42,6 +41,7 @@ from optimkit.wrappers.projectors import (
     projector_rank,
     select_matrices,
 )
+from optimkit.wrappers.refresh_schedule import ON_REFRESH, RefreshSchedule, renew
 
 ResidualFn = Callable[[Array, Array, Array, int | None], Array]
 """``(residual, inner update N, projected gradient R, projected side) -> residual``."""
